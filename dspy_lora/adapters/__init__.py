@@ -1,0 +1,1 @@
+"""Adapters: what an engine can serve (``checks.py``), and where revisions are kept (``registry.py``)."""

@@ -1,0 +1,119 @@
+"""The base model that adapters are made for and served on."""
+
+import functools
+import hashlib
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from dspy_lora.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+SEEDLING = "seedling"
+SEEDLING_FOLDER = Path(__file__).parents[1] / "seedling" / "base"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+
+# Weights files below this size count with their whole content, larger ones with their header: reading 16 GB for a
+# fingerprint would take longer than loading the model.
+_WHOLE_FILE = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model.
+
+    Attributes:
+        name: As it was asked for: ``"seedling"``, a Hugging Face id or a folder.
+        path: Its folder; the id where the model is not on this disk.
+        revision: First 12 hex digits of the SHA-256 over its configuration and weights; ``"main"`` where it is not on
+            this disk.
+    """
+
+    name: str
+    path: str
+    revision: str
+
+    @property
+    def folder(self) -> Path | None:
+        """Its folder; None where the model is not on this disk."""
+        return Path(self.path) if Path(self.path).is_dir() else None
+
+
+def resolve_base(model: str | None) -> Base:
+    """Finds a base model.
+
+    Args:
+        model: A Hugging Face id, a folder, or ``"seedling"`` for the bundled model; None is the seedling too, and says
+            so in one log line.
+
+    Returns:
+        The base model. Nothing is downloaded: an id that is not in the local cache stays an id.
+
+    Raises:
+        ConfigError: Neither a model folder nor a Hugging Face id.
+    """
+    if model is None:
+        _announce_seedling()
+        model = SEEDLING
+    if model == SEEDLING:
+        return _from_folder(SEEDLING, SEEDLING_FOLDER)
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return _from_folder(model, folder)
+    if not HUB_ID.fullmatch(model):
+        raise ConfigError(
+            f"base model {model!r}: there is no such folder, and it is no Hugging Face id (like 'Qwen/Qwen3-8B'). "
+            "Give a folder with config.json and safetensors files, an id, or 'seedling' for the bundled model."
+        )
+    snapshot = _cached_snapshot(model)
+    return _from_folder(model, snapshot) if snapshot else Base(model, model, "main")
+
+
+@functools.cache
+def _announce_seedling() -> None:
+    # A warning, so that it is seen where nobody configured logging: answers of a toy model should surprise nobody.
+    logger.warning(
+        "dspy-lora: no base model is set, so the bundled seedling (16 M parameters) answers. "
+        "Set one with base_model in lora_config.yaml, DSPY_LORA_BASE_MODEL or an argument."
+    )
+
+
+def _from_folder(name: str, folder: Path) -> Base:
+    folder = folder.resolve()
+    weights = sorted(folder.glob("*.safetensors"))
+    if not (folder / "config.json").is_file() or not weights:
+        raise ConfigError(
+            f"base model {name!r}: {folder} holds no model (config.json and *.safetensors). "
+            + ("Reinstall dspy-lora, or name another base model." if name == SEEDLING else "Give a model's folder.")
+        )
+    files = [folder / "config.json", *weights]
+    stamps = tuple((stat.st_size, stat.st_mtime_ns) for stat in (file.stat() for file in files))
+    return Base(name, str(folder), _fingerprint(tuple(files), stamps))
+
+
+@functools.lru_cache(maxsize=64)
+def _fingerprint(files: tuple[Path, ...], stamps: tuple[tuple[int, int], ...]) -> str:
+    """Hashes configuration and weights; ``stamps`` (sizes, times) makes a changed file miss the cache."""
+    digest = hashlib.sha256(files[0].read_bytes())
+    for file, (size, _) in zip(files[1:], stamps[1:], strict=True):
+        digest.update(f"\n{file.name} {size}\n".encode())
+        with file.open("rb") as opened:
+            header = 8 + int.from_bytes(opened.read(8), "little")
+            opened.seek(0)
+            digest.update(opened.read(size if size < _WHOLE_FILE else min(header, _WHOLE_FILE)))
+    return digest.hexdigest()[:12]
+
+
+def _cached_snapshot(model: str) -> Path | None:
+    """Folder of a Hugging Face model in the local cache; None where it is not (fully) there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        config = try_to_load_from_cache(model, "config.json")
+    except ValueError as exc:  # its check of ids is stricter than ours
+        raise ConfigError(f"base model {model!r} is no Hugging Face id: {exc}") from exc
+    if not isinstance(config, str) or not any(Path(config).parent.glob("*.safetensors")):
+        return None
+    return Path(config).parent

@@ -1,0 +1,9 @@
+"""The engine: vLLM in a child process of ours, and what DSPy calls in the user's process.
+
+client.py     the user's side: starts the child, sends requests, restarts it once when it dies
+protocol.py   the messages between the two
+host.py       the child process that owns vLLM's ``AsyncLLM``, the tokenizer, the chat template and the parsers
+translate.py  ``dspy.lm15`` requests and responses to and from messages
+remote.py     servers that speak the OpenAI API instead of a child process
+settings.py   what an engine is started with
+"""

@@ -1,0 +1,181 @@
+"""The engine objects that ``dspy.LM`` calls: ``complete`` and ``stream``, sync and async, on the process's own vLLM."""
+
+import asyncio
+import queue
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+from dspy import lm15
+
+from dspy_lora.engine import translate
+from dspy_lora.engine.client import EngineClient, Pending, engine_client
+from dspy_lora.engine.protocol import Adapter, Delta, Done, Failed
+from dspy_lora.engine.samples import Samples
+from dspy_lora.engine.settings import EngineSettings
+from dspy_lora.errors import EngineError
+
+
+class _Engine:
+    """What the sync and the async engine share. Copies and pickles are the same engine of the same settings."""
+
+    supports_response_schema = True
+    supported_params = frozenset(
+        {
+            "temperature", "max_tokens", "top_p", "top_k", "stop", "seed", "logprobs", "top_logprobs",
+            "frequency_penalty", "presence_penalty", "logit_bias", "response_format", "tools", "tool_choice", "stream",
+        }
+    )  # fmt: skip
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self.settings = settings
+        self.adapters: dict[str, Adapter] = {}
+        self.supports_function_calling = settings.tool_parser is not None
+        self.supports_reasoning = settings.reasoning_parser is not None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Engine":
+        return self
+
+    @property
+    def client(self) -> EngineClient:
+        """The running engine; a forked or unpickled copy finds its own process's."""
+        return engine_client(self.settings)
+
+    def serve(self, model: str, adapter: Adapter | None) -> None:
+        """Says which adapter a model string stands for."""
+        if adapter is not None:
+            self.adapters[model] = adapter
+
+    def preload(self, model: str) -> None:
+        """Starts the engine if needed and loads the adapter of a model string."""
+        adapter = self.adapters.get(model)
+        self.client.command("load", adapter) if adapter else self.client.wait_ready()
+
+    def unload(self, model: str) -> None:
+        """Takes the adapter of a model string out of a running engine."""
+        if self.client.running and (adapter := self.adapters.get(model)):
+            self.client.command("unload", adapter)
+
+    def stats(self) -> dict[str, Any]:
+        """The engine's figures and what it is."""
+        return self.client.command("stats") | {"restarts": self.client.restarts} | self.client.info
+
+    def shutdown(self) -> None:
+        """Ends the engine process; the next request starts a new one."""
+        self.client.close()
+
+    def _submit(self, request: lm15.Request, samples: int, on_delta: Any = None) -> Pending:
+        message = translate.to_generate(request, n=samples, stream=on_delta is not None)
+        message.adapter = self.adapters.get(request.model)
+        return self.client.submit(message, on_delta)
+
+
+class LocalEngine(_Engine):
+    """The sync engine."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return local_engine, (self.settings,)
+
+    def complete(self, request: lm15.Request) -> lm15.Response:
+        """Answers one request; see ``dspy.clients.engines.base.Engine``."""
+        group = Samples.current()
+        return group.take() or group.keep(self._answer(self._submit(request, group.ask(request)), request.model))
+
+    def stream(self, request: lm15.Request) -> Iterator[Any]:
+        """Stream events, token by token. Several samples of one call are drawn first and shown one by one."""
+        group = Samples.current()
+        yield lm15.StreamStartEvent(model=request.model)
+        if group.wanted > 1:
+            yield from translate.response_events(self.complete(request), seen_text=False)
+            return
+        deltas: queue.SimpleQueue[Delta | None] = queue.SimpleQueue()
+        pending = self._submit(request, 1, deltas.put)
+        seen = False
+        try:
+            while (delta := deltas.get()) is not None:
+                seen = True
+                yield from translate.delta_events(delta)
+        finally:
+            self.client.abort(pending)
+        [response] = self._answer(pending, request.model)
+        yield from translate.response_events(response, seen_text=seen)
+
+    def _answer(self, pending: Pending, model: str) -> list[lm15.Response]:
+        try:
+            return _responses(self.client.result(pending), model)
+        except EngineError as exc:
+            raise translate.engine_error(exc) from exc
+
+    def close(self) -> None:
+        """Nothing: the engine belongs to the process, and other LMs use it."""
+
+
+class AsyncLocalEngine(_Engine):
+    """The async engine; works from any event loop."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return async_local_engine, (self.settings,)
+
+    async def complete(self, request: lm15.Request) -> lm15.Response:
+        """Answers one request."""
+        group = Samples.current()
+        if (ready := group.take()) is not None:
+            return ready
+        return group.keep(await self._answer(self._submit(request, group.ask(request)), request.model))
+
+    async def stream(self, request: lm15.Request) -> AsyncIterator[Any]:
+        """Stream events, token by token."""
+        group = Samples.current()
+        yield lm15.StreamStartEvent(model=request.model)
+        if group.wanted > 1:
+            for event in translate.response_events(await self.complete(request), seen_text=False):
+                yield event
+            return
+        loop = asyncio.get_running_loop()
+        deltas: asyncio.Queue[Delta | None] = asyncio.Queue()
+        pending = self._submit(request, 1, lambda delta: loop.call_soon_threadsafe(deltas.put_nowait, delta))
+        seen = False
+        try:
+            while (delta := await deltas.get()) is not None:
+                seen = True
+                for event in translate.delta_events(delta):
+                    yield event
+        finally:
+            self.client.abort(pending)
+        [response] = await self._answer(pending, request.model)
+        for event in translate.response_events(response, seen_text=seen):
+            yield event
+
+    async def _answer(self, pending: Pending, model: str) -> list[lm15.Response]:
+        try:
+            return _responses(await asyncio.wrap_future(pending.future), model)
+        except EngineError as exc:
+            raise translate.engine_error(exc) from exc
+        except asyncio.CancelledError:
+            self.client.abort(pending)
+            raise
+
+    async def aclose(self) -> None:
+        """Nothing: the engine belongs to the process, and other LMs use it."""
+
+
+def _responses(reply: Done | Failed, model: str) -> list[lm15.Response]:
+    if isinstance(reply, Failed):
+        raise translate.to_error(reply)
+    return translate.to_responses(reply, model)
+
+
+_engines: dict[EngineSettings, tuple[LocalEngine, AsyncLocalEngine]] = {}
+
+
+def _pair(settings: EngineSettings) -> tuple[LocalEngine, AsyncLocalEngine]:
+    return _engines.setdefault(settings, (LocalEngine(settings), AsyncLocalEngine(settings)))
+
+
+def local_engine(settings: EngineSettings) -> LocalEngine:
+    """The one sync engine object of this process for these settings."""
+    return _pair(settings)[0]
+
+
+def async_local_engine(settings: EngineSettings) -> AsyncLocalEngine:
+    """The one async engine object of this process for these settings."""
+    return _pair(settings)[1]

@@ -1,0 +1,86 @@
+"""What an engine is started with. Two LMs with equal settings share one engine process."""
+
+import dataclasses
+import json
+from typing import Any
+
+from dspy_lora.adapters.base import Base
+from dspy_lora.config import Config, ServingConfig
+from dspy_lora.errors import ConfigError, near
+
+# Settings that are ours, not arguments of vLLM's AsyncEngineArgs.
+_OURS = ("kv_cache_gib", "tool_parser", "reasoning_parser", "start_timeout_s")
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineSettings:
+    """Everything the host needs, hashable so that it can be the key of a running engine.
+
+    Attributes:
+        base: The base model.
+        kv_cache_gib: Size of the KV cache in GiB on a CPU (on a GPU ``gpu_memory_utilization`` decides).
+        tool_parser: Name of a vLLM tool parser, None for no function calling.
+        reasoning_parser: Name of a vLLM reasoning parser, None for models that do not think.
+        start_timeout_s: Seconds after which a start-up counts as hung.
+        args: JSON object of arguments for ``vllm.AsyncEngineArgs``.
+    """
+
+    base: Base
+    kv_cache_gib: float
+    tool_parser: str | None
+    reasoning_parser: str | None
+    start_timeout_s: float
+    args: str
+
+    def to_json(self) -> str:
+        """The settings as the host reads them."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @property
+    def engine_args(self) -> dict[str, Any]:
+        """Arguments for ``vllm.AsyncEngineArgs``."""
+        return dict(json.loads(self.args))
+
+
+def engine_settings(base: Base, config: Config, overrides: dict[str, Any] | None = None) -> EngineSettings:
+    """The settings of an engine: the configuration's ``serving`` section under the caller's ``engine={...}``.
+
+    Args:
+        base: The base model.
+        config: The loaded configuration.
+        overrides: Keys of ``serving`` or any argument of ``vllm.AsyncEngineArgs`` (checked when the engine starts).
+
+    Returns:
+        The settings.
+
+    Raises:
+        ConfigError: A value that the ``serving`` section does not allow, or that is not JSON.
+    """
+    overrides = overrides or {}
+    known = {key: value for key, value in overrides.items() if key in ServingConfig.model_fields}
+    try:
+        serving = ServingConfig.model_validate(config.serving.model_dump() | known)
+        extra = {key: value for key, value in overrides.items() if key not in known}
+        args = {key: value for key, value in serving.model_dump().items() if value is not None and key not in _OURS}
+        encoded = json.dumps(args | extra, sort_keys=True)
+    except (ValueError, TypeError) as exc:
+        raise ConfigError(f"engine={overrides!r} is not allowed: {exc}") from exc
+    return EngineSettings(
+        base=base,
+        kv_cache_gib=serving.kv_cache_gib,
+        tool_parser=serving.tool_parser,
+        reasoning_parser=serving.reasoning_parser,
+        start_timeout_s=serving.start_timeout_s,
+        args=encoded,
+    )
+
+
+def check_engine_args(args: dict[str, Any], allowed: set[str]) -> None:
+    """Refuses arguments that this vLLM does not know.
+
+    Raises:
+        ConfigError: An unknown argument, with the near names.
+    """
+    for key in args:
+        if key not in allowed:
+            raise ConfigError(f"engine={{{key!r}: ...}} is no setting of this vLLM. {near(key, allowed)[:600]}")

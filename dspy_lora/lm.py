@@ -1,0 +1,311 @@
+"""LoRALM: a ``dspy.LM`` bound to one adapter revision of a base model that vLLM serves."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import dspy
+from dspy.clients.base_lm import LM_CLASS_STATE_KEY, BaseLM
+
+from dspy_lora.adapters.base import Base, resolve_base
+from dspy_lora.adapters.registry import AdapterRegistry, Revision
+from dspy_lora.config import load_config
+from dspy_lora.engine.local import AsyncLocalEngine, LocalEngine, async_local_engine, local_engine
+from dspy_lora.engine.protocol import Adapter
+from dspy_lora.engine.samples import sampling
+from dspy_lora.engine.settings import engine_settings
+from dspy_lora.engine.translate import VLLM_KNOBS
+from dspy_lora.errors import ChangedAdapterError, ConfigError, UnknownAdapterError
+
+if TYPE_CHECKING:
+    from dspy_lora.engine.remote import AsyncRemoteEngine, RemoteEngine
+
+_MODEL = re.compile(r"lora/(?P<base>.+)@(?P<revision>[0-9a-f]{12}|main)(?:/(?P<adapter>[a-z0-9_-]+@[0-9a-f]{12}))?")
+_REBIND = ("domain", "model", "registry", "engine", "api_base", "api_key")  # what a copy may change beside sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class _Binding:
+    """What a LoRALM was asked for, enough to build it again."""
+
+    base: str | None
+    registry: str | None
+    engine: dict[str, Any]
+    api_base: str | None
+    api_key: str | None = dataclasses.field(default=None, repr=False)
+
+
+class LoRALM(dspy.LM):
+    """A language model for DSPy: a base model with one LoRA adapter, or without.
+
+    All LoRALMs of one base and equal engine settings share one vLLM engine, which answers calls to different adapters
+    in one batch. The engine starts at the first call, in a process of its own.
+
+    Args:
+        model: The base model: a folder, a Hugging Face name, or ``"seedling"``; None takes the configured one, else
+            the bundled seedling. A model string of another LoRALM (``lora/...``) is taken apart.
+        domain: Name of the adapter, ``"legal"`` for its current revision or ``"legal@0123456789ab"`` for that one; None
+            for the base model alone. The revision is fixed here: ``copy(domain="legal")`` takes a newer one.
+        registry: Folder of the adapter registry; None takes the configured one, else ``adapters/`` in the working
+            directory with the bundled adapters of the seedling under it.
+        engine: Settings of the engine: keys of ``serving`` in ``lora_config.yaml``, or any argument of
+            ``vllm.AsyncEngineArgs``.
+        api_base: Address of a running OpenAI-compatible vLLM server, to be used instead of an own engine.
+        api_key: Key for that server; else the environment variable ``DSPY_LORA_API_KEY``.
+        temperature: Sampling temperature; 0 is greedy.
+        max_tokens: Largest number of new tokens; less where the context ends.
+        **kwargs: As for ``dspy.LM`` (``cache``, ``callbacks``, ``num_retries``, ``top_p``, ``top_k``, ``seed``,
+            ``stop``, ``logprobs``, ``n``...) and vLLM's ``min_p``, ``repetition_penalty``, ``min_tokens``,
+            ``bad_words``, ``structured_outputs``, ``chat_template_kwargs`` (see ``engine/translate.py``).
+
+    Raises:
+        UnknownAdapterError: No such adapter; the message names the near ones.
+        AdapterError: The adapter was made for another base.
+        ConfigError: A setting is not allowed.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        domain: str | None = None,
+        registry: str | Path | None = None,
+        engine: dict[str, Any] | None = None,
+        api_base: str | None = None,
+        api_key: str | None = None,
+        temperature: float | None = 0.0,
+        max_tokens: int | None = 1024,
+        **kwargs: Any,
+    ) -> None:
+        if match := _MODEL.fullmatch(model or ""):
+            model, domain = match["base"], domain or match["adapter"]
+        self._binding = _Binding(model, None if registry is None else str(registry), engine or {}, api_base, api_key)
+        config = load_config()
+        self._base = resolve_base(model or config.base_model)
+        self._registry = AdapterRegistry(registry if registry is not None else config.registry)
+        self._adapter = self._resolve(domain)
+        pair = self._engine_pair(config)
+        super().__init__(
+            model=self._model_string(),
+            temperature=temperature,
+            max_tokens=max_tokens,
+            engine=pair[0],
+            async_engine=pair[1],
+            **_with_knobs(kwargs, {}),
+        )
+        self._announce()
+
+    # -- what it is bound to ---------------------------------------------------------------------------------------
+
+    @property
+    def base(self) -> Base:
+        """The base model."""
+        return self._base
+
+    @property
+    def domain(self) -> str | None:
+        """Name of the adapter; None for the base model alone."""
+        return self._adapter.adapter if self._adapter else None
+
+    @property
+    def adapter(self) -> Revision | None:
+        """The adapter revision that answers; None for the base model alone."""
+        return self._adapter
+
+    def _resolve(self, domain: str | None) -> Revision | None:
+        if domain is None:
+            return None
+        revision = self._registry.resolve(domain)
+        if revision.base != self._base.revision:
+            raise ConfigError(
+                f"adapter {revision.ref!r} was made for base {revision.base_name!r} ({revision.base}), not for "
+                f"{self._base.name!r} ({self._base.revision}). Give its own base, or train it on this one."
+            )
+        return revision
+
+    def _model_string(self) -> str:
+        name = f"lora/{self._base.name}@{self._base.revision}"
+        return f"{name}/{self._adapter.ref}" if self._adapter else name
+
+    def _engine_pair(
+        self, config: Any
+    ) -> "tuple[LocalEngine, AsyncLocalEngine] | tuple[RemoteEngine, AsyncRemoteEngine]":
+        if self._binding.api_base is not None:
+            from dspy_lora.engine.remote import async_remote_engine, remote_engine
+
+            server = (self._binding.api_base, self._binding.api_key, self._base)
+            return remote_engine(*server), async_remote_engine(*server)
+        settings = engine_settings(self._base, config, self._binding.engine)
+        return local_engine(settings), async_local_engine(settings)
+
+    def _announce(self) -> None:
+        """Tells the engine objects which adapter this model string means."""
+        adapter = Adapter(self._adapter.ref, str(self._adapter.path)) if self._adapter else None
+        self._engine_spec.serve(self.model, adapter)
+        self._async_engine_spec.serve(self.model, adapter)
+
+    # -- calls -----------------------------------------------------------------------------------------------------
+
+    def __call__(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
+        """Answers a prompt as ``dspy.LM`` does; ``n`` samples are one engine request."""
+        kwargs = _with_knobs(kwargs, self.kwargs)
+        with sampling(_samples(kwargs, self.kwargs)):
+            return super().__call__(prompt, messages=messages, **kwargs)
+
+    async def acall(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
+        """Async equivalent of ``__call__``."""
+        kwargs = _with_knobs(kwargs, self.kwargs)
+        with sampling(_samples(kwargs, self.kwargs)):
+            return await super().acall(prompt, messages=messages, **kwargs)
+
+    # -- the engine ------------------------------------------------------------------------------------------------
+
+    def preload(self) -> None:
+        """Starts the engine if needed and loads this LM's adapter, so that the first call does not wait."""
+        self._engine_spec.preload(self.model)
+
+    def unload(self) -> None:
+        """Takes this LM's adapter out of the engine; the next call loads it again."""
+        self._engine_spec.unload(self.model)
+
+    def engine_stats(self) -> dict[str, Any]:
+        """Figures of the running engine: running and waiting requests, tokens per second since the last look, the
+        adapters resident in it, prefix-cache queries and hits (tokens), uptime in seconds."""
+        return self._engine_spec.stats()
+
+    def launch(self, launch_kwargs: dict[str, Any] | None = None) -> None:
+        """Starts the engine and waits until it serves (DSPy's optimizers call this)."""
+        self.preload()
+
+    def kill(self, launch_kwargs: dict[str, Any] | None = None) -> None:
+        """Ends the engine and frees its memory; the next call of any LM starts it again."""
+        self._engine_spec.shutdown()
+
+    # -- copies and files ------------------------------------------------------------------------------------------
+
+    def copy(self, **kwargs: Any) -> "LoRALM":
+        """A copy with other settings, or bound to another adapter: ``lm.copy(domain="legal", temperature=1.0)``.
+
+        Args:
+            **kwargs: Sampling settings, or ``domain``, ``model``, ``registry``, ``engine``, ``api_base``.
+                ``domain=None`` is the base model alone.
+        """
+        rebind = {key: kwargs.pop(key) for key in _REBIND if key in kwargs}
+        copied: LoRALM = super().copy(**_with_knobs(kwargs, self.kwargs))
+        if rebind:
+            copied._rebind(**rebind)
+        return copied
+
+    def _rebind(self, **changes: Any) -> None:
+        """Binds this (new) object to another adapter, base, registry or engine."""
+        if "model" in changes:
+            changes.setdefault("domain", None)
+        domain = changes.pop("domain", self._adapter.ref if self._adapter else None)
+        binding = dataclasses.asdict(self._binding)
+        other = LoRALM(
+            changes.pop("model", binding.pop("base")),
+            domain=domain,
+            **{key: value for key, value in binding.items() if key != "base"} | changes,
+        )
+        for name in ("_binding", "_base", "_registry", "_adapter", "model", "_engine_spec", "_async_engine_spec"):
+            setattr(self, name, getattr(other, name))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LoRALM":
+        """A handle of its own with an empty history, on the same engine."""
+        return self.copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._announce()
+
+    def dump_state(self) -> dict[str, Any]:
+        """What ``program.save`` writes: the base's and the adapter's revision, sampling settings, no key."""
+        state: dict[str, Any] = BaseLM.dump_state(self)
+        state |= {"registry": self._binding.registry, "engine": self._binding.engine, "base": self._binding.base}
+        if self._binding.api_base is not None:
+            state["server"] = self._binding.api_base
+        return state
+
+    @classmethod
+    def load_state(cls, state: dict[str, Any], *, allow_custom_lm_class: bool = False) -> "LoRALM":
+        """Builds the LM that ``dump_state`` wrote.
+
+        Raises:
+            ChangedAdapterError: The base or the adapter revision is gone or its content has changed.
+        """
+        state = {key: value for key, value in state.items() if key not in (LM_CLASS_STATE_KEY, "model_type")}
+        saved, base = state.pop("model"), state.pop("base", None)
+        match = _MODEL.fullmatch(saved)
+        if match is None:
+            raise ConfigError(f"{saved!r} is no model string of a LoRALM (lora/<base>@<revision>/<adapter>@<revision>)")
+        try:
+            lm = cls(base, domain=match["adapter"], api_base=state.pop("server", None), **state)
+        except UnknownAdapterError as exc:
+            raise ChangedAdapterError(f"the program was saved with adapter {match['adapter']!r}: {exc}") from exc
+        lm._check_unchanged(saved)
+        return lm
+
+    def _check_unchanged(self, saved: str) -> None:
+        if self.model != saved:
+            raise ChangedAdapterError(
+                f"the program was saved with {saved!r}, but the base here is {self._base.name!r} at revision "
+                f"{self._base.revision}. Bring the saved base back, or compile the program again."
+            )
+        if self._adapter is not None:
+            self._registry.verify(self._adapter)
+
+
+def load(program: dspy.Module, path: str | Path) -> dspy.Module:
+    """Loads a program saved with ``program.save(path)`` whose predictors use LoRALMs.
+
+    DSPy refuses custom LM classes in a file unless the caller trusts the whole file; this trusts LoRALM and
+    ``dspy.LM`` and nothing else.
+
+    Args:
+        program: A program of the same structure.
+        path: The ``.json`` file.
+
+    Returns:
+        ``program`` with its state loaded.
+
+    Raises:
+        ConfigError: The file asks for another class.
+        ChangedAdapterError: A base or adapter revision is gone or has changed.
+    """
+    own = f"{LoRALM.__module__}.{LoRALM.__qualname__}"
+    for name in _lm_classes(json.loads(Path(path).read_text())):
+        if name not in (own, "dspy.clients.lm.LM"):
+            raise ConfigError(f"{str(path)!r} asks for class {name!r}. If you trust it: program.load(path, allow_unsafe_lm_state=True)")
+    program.load(str(path), allow_unsafe_lm_state=True)
+    return program
+
+
+def _lm_classes(state: Any) -> set[str]:
+    """Every class a saved program would import: LM classes and engine classes."""
+    found: set[str] = set()
+    if isinstance(state, dict):
+        if LM_CLASS_STATE_KEY in state:
+            found.add(str(state[LM_CLASS_STATE_KEY]))
+        for key in ("engine", "async_engine"):
+            if isinstance(state.get(key), dict) and "class" in state[key]:
+                found.add(str(state[key]["class"]))
+    children = state.values() if isinstance(state, dict) else state if isinstance(state, list) else ()
+    return found.union(*map(_lm_classes, children))
+
+
+def _with_knobs(kwargs: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Moves vLLM's own sampling settings into ``metadata``, the one key DSPy hands on and caches by."""
+    kwargs = dict(kwargs)
+    if kwargs.get("top_k") in (0, -1):  # vLLM's words for "all tokens"; DSPy's is absence
+        kwargs["top_k"] = None
+    knobs = {key: kwargs.pop(key) for key in list(kwargs) if key in VLLM_KNOBS}
+    if knobs:
+        metadata = (defaults.get("metadata") or {}) | (kwargs.get("metadata") or {}) | knobs
+        kwargs["metadata"] = {key: value for key, value in metadata.items() if value is not None}
+    return kwargs
+
+
+def _samples(kwargs: dict[str, Any], defaults: dict[str, Any]) -> int:
+    return kwargs.get("n") or defaults.get("n") or 1

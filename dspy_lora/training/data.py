@@ -1,0 +1,235 @@
+"""Rows become the chat examples an adapter is trained on.
+
+The prompt is what DSPy's own adapter sends at inference and the answer what the same adapter would parse, so training
+and serving cannot drift apart: nothing here writes a prompt of its own.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from dspy_lora.errors import DataError
+
+if TYPE_CHECKING:
+    import dspy
+    from transformers import PreTrainedTokenizerBase
+
+Row = dict[str, Any]
+Message = dict[str, Any]
+
+_SHOWN = 5  # malformed rows an error message spells out; the rest are counted
+
+
+class ChatExample(TypedDict):
+    """One row as chat: the messages DSPy sends and the one it should get back."""
+
+    prompt: list[Message]
+    completion: list[Message]
+
+
+class Tokens(TypedDict):
+    """One row as token ids; ``labels`` is -100 over the prompt, so that only the completion is learnt."""
+
+    input_ids: list[int]
+    labels: list[int]
+    length: int
+
+
+def read_rows(path: str | Path, fields: Sequence[str] = ("text", "label")) -> list[Row]:
+    """Reads rows from a JSON-lines file.
+
+    Args:
+        path: The file: one JSON object a line, blank lines between them allowed.
+        fields: The columns each row must have, with a value that is neither null nor blank. Others are kept.
+
+    Returns:
+        The rows in file order.
+
+    Raises:
+        DataError: No such file, an unknown format, no rows, or malformed rows (each with its line number).
+    """
+    path = Path(path)
+    if path.suffix not in (".jsonl", ".ndjson"):
+        raise DataError(f"{path}: rows are read from .jsonl files, not {path.suffix or 'files without a suffix'!r}.")
+    rows, problems = [], []
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        if line.strip():
+            row, problem = _parse(line, fields)
+            rows.append(row)
+            problems += [f"line {number}: {problem}"] if problem else []
+    if problems:
+        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise DataError(
+            f"{path}: {len(problems)} of {len(rows)} rows are malformed: {'; '.join(problems[:_SHOWN])}{more}"
+        )
+    if not rows:
+        raise DataError(f'{path} holds no rows. Give one JSON object a line, like {{"text": "...", "label": "..."}}.')
+    return rows
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as exc:
+        raise DataError(f"{path} is not UTF-8 text: {exc}") from exc
+    except OSError as exc:
+        raise DataError(f"{path} cannot be read: {exc.strerror}. Give a .jsonl file of rows.") from exc
+
+
+def _parse(line: str, fields: Sequence[str]) -> tuple[Row, str | None]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as exc:
+        return {}, f"not JSON ({exc.msg} at column {exc.colno})"
+    if not isinstance(row, dict):
+        return {}, f"a JSON object is needed, not {line.strip()[:40]!r}"
+    return row, _missing(row, fields)
+
+
+def _missing(row: Mapping[str, Any], fields: Sequence[str]) -> str | None:
+    for field in fields:
+        if field not in row:
+            return f"no {field!r} (it has {', '.join(map(repr, row)) or 'nothing'})"
+        if row[field] is None or (isinstance(row[field], str) and not row[field].strip()):
+            return f"{field!r} is empty"
+    return None
+
+
+def hold_out(rows: Sequence[Row], seed: int, share: float = 0.1, most: int = 200) -> tuple[list[Row], list[Row]]:
+    """Splits off rows to validate on, where the user gave none.
+
+    Args:
+        rows: All rows.
+        seed: Decides which rows; the same seed gives the same split.
+        share: Share of the rows to hold out.
+        most: Upper bound of the rows held out.
+
+    Returns:
+        Training rows and held-out rows, each in the order given.
+
+    Raises:
+        DataError: Fewer than two rows.
+    """
+    if len(rows) < 2:
+        raise DataError(f"{len(rows)} row(s) cannot be split into training and validation rows. Give more rows.")
+    count = min(most, max(1, round(len(rows) * share)))
+    held = set(random.Random(seed).sample(range(len(rows)), count))
+    return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
+
+
+def sha256(source: Path | Sequence[Row]) -> str:
+    """Hashes a file's bytes, or rows in memory as JSON lines with sorted keys."""
+    if isinstance(source, Path):
+        return hashlib.sha256(source.read_bytes()).hexdigest()
+    lines = (json.dumps(row, sort_keys=True, ensure_ascii=False, default=str) + "\n" for row in source)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def render(
+    signature: "type[dspy.Signature]",
+    rows: Sequence[Row],
+    adapter: "dspy.Adapter | None" = None,
+    demos: Sequence[Row] = (),
+) -> list[ChatExample]:
+    """Renders rows as ``dspy.Predict(signature)`` would send them, with the answer in the adapter's own format.
+
+    Args:
+        signature: The task; its input and output fields name the rows' columns.
+        rows: Rows that hold every field of the signature.
+        adapter: The adapter inference uses; None is DSPy's default, ``dspy.ChatAdapter()``.
+        demos: Few-shot examples that inference shows too.
+
+    Returns:
+        One prompt and completion a row, in order.
+
+    Raises:
+        DataError: A row lacks a field of the signature.
+    """
+    import dspy
+
+    adapter = adapter or dspy.ChatAdapter()
+    examples = []
+    for number, row in enumerate(rows, start=1):
+        if problem := _missing(row, list(signature.fields)):
+            raise DataError(f"row {number}: {problem}; the signature {signature.signature!r} needs every field.")
+        prompt = adapter.format(signature, list(demos), {name: row[name] for name in signature.input_fields})
+        outputs = {name: row[name] for name in signature.output_fields}
+        answer = adapter.format_assistant_message_content(signature, outputs)
+        examples.append(ChatExample(prompt=prompt, completion=[{"role": "assistant", "content": answer}]))
+    return examples
+
+
+def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[list[Message]]) -> list[list[int]]:
+    """Token ids of prompts as an engine sends them: the chat template with its generation prompt.
+
+    Raises:
+        DataError: The tokenizer has no chat template.
+    """
+    if tokenizer.chat_template is None:
+        raise DataError(
+            "the base model's tokenizer has no chat template, so DSPy's messages cannot be rendered. "
+            "Use an instruction-tuned base model, or set `chat_template` in its tokenizer_config.json."
+        )
+    texts = tokenizer.apply_chat_template(list(prompts), tokenize=False, add_generation_prompt=True)
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def tokenize(
+    tokenizer: "PreTrainedTokenizerBase", examples: Sequence[ChatExample], max_length: int
+) -> tuple[list[Tokens], int]:
+    """Tokenises each example as prompt, completion and the end-of-sequence token.
+
+    The two parts are tokenised apart, as they are at inference, where the engine gets the prompt's ids and appends its
+    own. What the chat template writes after the end-of-sequence token (ChatML: a newline) is never generated and so is
+    not learnt.
+
+    Args:
+        tokenizer: The base model's, with a chat template and an end-of-sequence token.
+        examples: What ``render`` returns.
+        max_length: Longest example in tokens. A longer one is left out: cut at the front it would lose the
+            instruction, at the end the answer.
+
+    Returns:
+        The tokenised examples, and how many were left out.
+
+    Raises:
+        DataError: No chat template, or no example fits.
+    """
+    prompts = prompt_ids(tokenizer, [example["prompt"] for example in examples])
+    answers = [example["completion"][0]["content"] for example in examples]
+    completions = tokenizer(answers, add_special_tokens=False)["input_ids"]
+    rows: list[Tokens] = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        ids = [*prompt, *completion, tokenizer.eos_token_id]
+        labels = [-100] * len(prompt) + ids[len(prompt) :]
+        if len(ids) <= max_length:
+            rows.append(Tokens(input_ids=ids, labels=labels, length=len(ids)))
+    if not rows:
+        shortest = min(len(p) + len(c) + 1 for p, c in zip(prompts, completions, strict=True))
+        raise DataError(f"no row fits max_length={max_length}: the shortest takes {shortest} tokens. Raise max_length.")
+    return rows, len(examples) - len(rows)
+
+
+def is_match(signature: "type[dspy.Signature]", adapter: "dspy.Adapter") -> Callable[[str, Row], bool]:
+    """Builds the exact-match test of a generated answer.
+
+    Returns:
+        A function of the generated text and its row: does DSPy parse every output field out of the text, equal to the
+        row's value (surrounding blanks aside)? A ``reasoning`` field is free text and is not compared.
+    """
+    from dspy.utils.exceptions import AdapterParseError
+
+    compared = [name for name in signature.output_fields if name != "reasoning"]
+
+    def match(text: str, row: Row) -> bool:
+        try:
+            parsed = adapter.parse(signature, text)
+        except AdapterParseError:
+            return False
+        return all(str(parsed[name]).strip() == str(row[name]).strip() for name in compared)
+
+    return match

@@ -1,0 +1,90 @@
+"""The settings of one training run."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import pydantic
+
+from dspy_lora.training.data import Row
+
+if TYPE_CHECKING:
+    import dspy
+
+SEVEN_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class TrainConfig(pydantic.BaseModel):
+    """Everything one training run depends on.
+
+    Attributes:
+        signature: The task; its fields name the rows' columns.
+        train: Rows to train on: a .jsonl file, or the rows.
+        dev: Rows to validate on; None holds out a tenth of ``train``, at most 200 rows.
+        output_dir: The run's folder. The adapter lands in ``output_dir/adapter``.
+        name: The domain: it marks console lines and names the adapter in the registry.
+        base: Base model: a Hugging Face id, a folder, or None for the bundled seedling.
+        adapter: DSPy adapter that inference will use; None is ``dspy.ChatAdapter()``.
+        epochs: Passes over the rows; counts only where ``max_steps`` is None.
+        batch_size: Rows in one optimizer step.
+        micro_batch_size: Rows in one forward pass of a base with at least 500 million parameters.
+        gradient_checkpointing: Whether such a base recomputes activations to save memory.
+        warmup_ratio: Share of the steps over which the learning rate rises.
+        dtype: Number format of the base while training; "auto" is bfloat16 on a GPU that has it, else float32. LoRA
+            weights are float32 in any case.
+        max_length: Longest row in tokens; longer ones are left out and counted. The base's own limit comes first.
+        eval_rows: Validation rows that are answered (all of them count in the validation loss).
+        eval_every: Steps between validations; None is a tenth of all steps.
+        select_by: What the best checkpoint is best at.
+        adapter_dtype: Number format of the saved weights; final figures are measured after rounding to it.
+        registry: Where to publish the adapter; None does not publish it.
+    """
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    signature: Any
+    train: Path | list[Row]
+    output_dir: Path
+    dev: Path | list[Row] | None = None
+    name: str = "adapter"
+    base: str | None = None
+    adapter: Any = None
+    r: int = pydantic.Field(default=16, gt=0)
+    lora_alpha: int = pydantic.Field(default=32, gt=0)
+    lora_dropout: float = pydantic.Field(default=0.05, ge=0, lt=1)
+    target_modules: tuple[str, ...] = SEVEN_PROJECTIONS
+    use_rslora: bool = True
+    use_dora: bool = False
+    learning_rate: float = pydantic.Field(default=3e-4, gt=0)
+    weight_decay: float = pydantic.Field(default=1e-5, ge=0)
+    lr_scheduler_type: str = "cosine"
+    warmup_ratio: float = pydantic.Field(default=0.03, ge=0, lt=1)
+    optim: str = "adamw_torch"
+    max_steps: int | None = pydantic.Field(default=None, gt=0)
+    epochs: float = pydantic.Field(default=3.0, gt=0)
+    batch_size: int = pydantic.Field(default=32, gt=0)
+    micro_batch_size: int = pydantic.Field(default=8, gt=0)
+    gradient_checkpointing: bool = True
+    torch_compile: bool = False
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    max_length: int = pydantic.Field(default=1024, gt=1)
+    seed: int = pydantic.Field(default=0, ge=0)
+    eval_rows: int = pydantic.Field(default=200, gt=0)
+    eval_every: int | None = pydantic.Field(default=None, gt=0)
+    eval_batch_size: int = pydantic.Field(default=64, gt=0)
+    select_by: Literal["exact_match", "loss"] = "exact_match"
+    adapter_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    registry: Path | None = None
+    quiet: bool = False
+
+    def settings(self) -> dict[str, Any]:
+        """The settings as JSON-safe values; rows in memory are left out, the task is spelled out."""
+        values = self.model_dump(mode="json", exclude={"signature", "adapter", "train", "dev"})
+        files = {key: str(rows) for key in ("train", "dev") if isinstance(rows := getattr(self, key), Path)}
+        task = {"fields": self.signature.signature, "instructions": self.signature.instructions}
+        return values | files | {"signature": task, "adapter": type(self.chat_adapter()).__name__}
+
+    def chat_adapter(self) -> "dspy.Adapter":
+        """The DSPy adapter that renders and parses."""
+        import dspy
+
+        return self.adapter or dspy.ChatAdapter()

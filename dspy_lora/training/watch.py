@@ -1,0 +1,79 @@
+"""What a run shows and measures while the trainer works. Imported only where a trainer is made: it needs transformers."""
+
+import math
+import time
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from dspy_lora.training.run import Run
+from dspy_lora.training.scoring import Questions, exact_match
+
+_LOGGED = ("loss", "grad_norm", "learning_rate", "mean_token_accuracy")
+
+
+class Watch(TrainerCallback):
+    """Writes ``metrics.jsonl`` and console lines, and adds the exact match to each validation.
+
+    The trainer chooses its best checkpoint by the metrics this adds to: they are handed over as the very dict that the
+    trainer reads afterwards.
+
+    Args:
+        run: The run's book.
+        questions: Validation rows to answer at each validation; None leaves it at the loss.
+        batch_size: Prompts answered in one batch.
+    """
+
+    def __init__(self, run: Run, questions: Questions | None, batch_size: int) -> None:
+        self._run = run
+        self._questions = questions
+        self._batch_size = batch_size
+        self._start = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Starts the clock that steps per second are counted by."""
+        self._start = time.monotonic()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Records a training step's loss; a validation's log comes without one and is recorded in ``on_evaluate``."""
+        if not logs or "loss" not in logs:
+            return
+        values = {name: float(logs[name]) for name in _LOGGED if name in logs}
+        self._run.log(state.global_step, **values)
+        speed = state.global_step / (time.monotonic() - self._start)
+        width = len(str(state.max_steps))
+        self._run.say(
+            f"step {state.global_step:>{width}}/{state.max_steps}  loss {values['loss']:.4f}  "
+            f"lr {values['learning_rate']:.2e}  {speed:.1f} steps/s"
+        )
+        if not math.isfinite(values["loss"]):
+            control.should_training_stop = True
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        model: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Answers the validation rows and records the validation."""
+        found = {"eval_loss": metrics["eval_loss"]}
+        line = f"step {state.global_step}: validation loss {metrics['eval_loss']:.4f}"
+        if self._questions is not None:
+            share = exact_match(model, processing_class, self._questions, self._batch_size)
+            metrics["eval_exact_match"] = found["eval_exact_match"] = share
+            line += f", exact match {share:.3f}"
+        self._run.log(state.global_step, **found)
+        self._run.say(line)

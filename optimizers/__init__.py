@@ -1,0 +1,1 @@
+"""Optimizers that know adapters, installed as ``dspy_lora.optimizers``."""
