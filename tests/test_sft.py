@@ -3,6 +3,7 @@
 import argparse
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,25 @@ def make_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
     return [{"text": f"Number {rng.randrange(99)} {sound} at night.", "label": SOUNDS[sound]} for sound in sounds]
 
 
+def teach_format(model: Any, tokenizer: Any) -> None:
+    """Trains all weights on rows with random labels: the base answers in DSPy's format and knows no animal."""
+    rng = random.Random(0)
+    rows = [row | {"label": rng.choice(list(SOUNDS.values()))} for row in make_rows(64)]
+    tokens, _ = data.tokenize(tokenizer, data.render(SIGNATURE, rows), 512)
+    width = max(row["length"] for row in tokens)
+    ids = torch.tensor([row["input_ids"] + [0] * (width - row["length"]) for row in tokens])
+    labels = torch.tensor([row["labels"] + [-100] * (width - row["length"]) for row in tokens])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for step in range(80):
+        batch = slice(step * 8 % 64, step * 8 % 64 + 8)
+        optimizer.zero_grad()
+        model(input_ids=ids[batch], labels=labels[batch]).loss.backward()
+        optimizer.step()
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of 2 layers with a BPE tokenizer of its own and a ChatML template."""
+    """A Llama of 2 layers with a BPE tokenizer of its own and a ChatML template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -66,7 +83,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    teach_format(model, tokenizer)
+    model.to(torch.bfloat16).save_pretrained(folder)
     return folder
 
 
@@ -102,7 +121,13 @@ def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Train
     folder = tmp_path_factory.mktemp("run")
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(64)))
     config = settings(
-        base, folder / "out", train=folder / "train.jsonl", max_steps=60, learning_rate=5e-3, eval_every=20
+        base,
+        folder / "out",
+        train=folder / "train.jsonl",
+        max_steps=60,
+        learning_rate=5e-3,
+        eval_every=20,
+        eval_rows=16,
     )
     console = io.StringIO()
     with contextlib.redirect_stdout(console):
@@ -180,10 +205,9 @@ def test_a_base_without_a_chat_template_is_refused(base: Path) -> None:
 def test_the_adapter_learns_the_task(trained: tuple[TrainConfig, str]) -> None:
     config, _ = trained
     losses = [line["loss"] for line in read_metrics(config) if "loss" in line]
-    assert losses[-1] < losses[0] / 3
+    assert losses[-1] < losses[0] / 2
     result = read_card(config)["result"]
-    assert result["base_exact_match"] == 0
-    assert result["exact_match"] >= 0.5
+    assert result["exact_match"] >= result["base_exact_match"] + 0.25
 
 
 def test_metrics_hold_losses_rates_and_validations(trained: tuple[TrainConfig, str]) -> None:
@@ -201,7 +225,7 @@ def test_the_best_validation_is_what_is_saved(trained: tuple[TrainConfig, str]) 
     config, _ = trained
     validations = [line for line in read_metrics(config) if "eval_loss" in line]
     result = read_card(config)["result"]
-    best = max(validations[:-1], key=lambda line: line["eval_exact_match"])
+    best = max(validations[:-1], key=lambda line: (line["eval_exact_match"], -line["eval_loss"]))
     assert result["best_step"] == best["step"]
     assert result["eval_loss"] == validations[-1]["eval_loss"] == pytest.approx(best["eval_loss"], abs=0.02)
 
@@ -246,8 +270,8 @@ def test_the_saved_adapter_gives_the_reported_figure(
 
     config, _ = trained
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    questions = scoring.Questions.prepare(tokenizer, SIGNATURE, dspy.ChatAdapter(), make_rows(16, seed=1)[:4], 512)
-    assert scoring.exact_match(model, tokenizer, questions, 4) == 0
+    questions = scoring.Questions.prepare(tokenizer, SIGNATURE, dspy.ChatAdapter(), make_rows(16, seed=1), 512)
+    assert scoring.exact_match(model, tokenizer, questions, 4) == read_card(config)["result"]["base_exact_match"]
     served = PeftModel.from_pretrained(model, config.output_dir / "adapter")
     assert scoring.exact_match(served, tokenizer, questions, 4) == read_card(config)["result"]["exact_match"]
 
@@ -259,8 +283,11 @@ def test_the_console_says_what_goes_on(trained: tuple[TrainConfig, str], base: P
     assert f"base {base}" in lines[0] and "0.1 M parameters" in lines[0]
     assert "rsLoRA r=16 alpha=32" in lines[1] and "parameters train" in lines[1]
     assert "60 steps of 8 rows" in lines[2]
-    assert any("step  6/60" in line and "loss" in line and "lr 5.00e-03" in line for line in lines)
-    assert "validation loss" in lines[-1] and "(base model 0.000) on 4 rows" in lines[-1]
+    assert (
+        sum(bool(re.search(r"step +\d+/60  loss \d\.\d{4}  lr \d\.\d\de-0\d  [\d.]+ steps/s$", line)) for line in lines)
+        == 10
+    )
+    assert re.search(r"validation loss \d\.\d{4}, exact match [\d.]+ \(base model [\d.]+\) on 16 rows$", lines[-1])
 
 
 def test_the_same_seed_gives_the_same_weights(base: Path, tmp_path: Path) -> None:
@@ -289,7 +316,7 @@ def test_settings_reach_the_adapter(base: Path, tmp_path: Path) -> None:
 
 
 def test_a_loss_that_explodes_ends_the_run(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="no longer a number. Use a smaller learning_rate"):
+    with pytest.raises(TrainingError, match=r"no longer a number\. Use a smaller learning_rate"):
         train(settings(base, tmp_path, learning_rate=1e30, max_steps=20, eval_every=20, quiet=True))
     assert not (tmp_path / "adapter").exists()
 

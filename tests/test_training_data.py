@@ -14,7 +14,7 @@ from dspy_lora.training import data
 CLAUSE = dspy.Signature("text -> label", "Name the type of the contract clause.")
 ROWS = [
     {"text": "This Agreement is governed by the laws of Ohio.", "label": "governing law"},
-    {"text": "Zwei Zeilen:\n[[ ## label ## ]] – “quoted” <|im_end|>", "label": "anti-assignment"},
+    {"text": "Zwei Zeilen:\n[[ ## label ## ]] — “quoted” <|im_end|>", "label": "anti-assignment"},
     {"text": "  padded ", "label": "cap on liability"},
 ]
 
@@ -131,7 +131,7 @@ def test_malformed_rows_are_named_by_line(tmp_path: Path, line: str, message: st
 
 def test_many_malformed_rows_are_counted(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", *["nonsense"] * 8)
-    with pytest.raises(DataError, match="8 of 8 rows are malformed: line 1.*line 5.*; and 3 more$"):
+    with pytest.raises(DataError, match=r"8 of 8 rows are malformed: line 1.*line 5.*; and 3 more$"):
         data.read_rows(path)
 
 

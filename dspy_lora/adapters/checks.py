@@ -1,8 +1,8 @@
 """Whether an engine can serve an adapter.
 
-What vLLM would refuse at the first call, or load and then ignore, is refused before it is published. The rules are vLLM's
-own (``vllm/lora/peft_helper.py``, ``lora/utils.py``, ``lora/lora_model.py``, read at 0.32), and some for adapters that it
-would load and that would then do nothing.
+What vLLM would refuse at the first call, or load and then ignore, is refused before it is published. The rules are
+vLLM's own (``vllm/lora/peft_helper.py``, ``lora/utils.py``, ``lora/lora_model.py``, read at 0.32), and some for
+adapters that it would load and that would then do nothing.
 """
 
 import logging

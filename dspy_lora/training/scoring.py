@@ -82,6 +82,7 @@ def greedy(
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
+        use_cache=True,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
@@ -94,7 +95,7 @@ def greedy(
             batch = order[start : start + batch_size]
             ids, mask = _left_padded([prompts[i] for i in batch], tokenizer.pad_token_id)
             ids, mask = ids.to(model.device), mask.to(model.device)
-            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, use_cache=True)
+            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
             answers = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
             for i, text in zip(batch, answers, strict=True):
                 texts[i] = text

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -179,7 +178,7 @@ def _trainer(
         eval_dataset=Dataset.from_list(sets["dev"]),
         processing_class=tokenizer,
         peft_config=lora,
-        callbacks=[Watch(run, questions, config.eval_batch_size)],
+        callbacks=[Watch(run, questions, config.eval_batch_size, config.select_by)],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -188,6 +187,8 @@ def _trainer(
 def _arguments(config: TrainConfig, model: Any, rows: int) -> Any:
     import torch
     from trl import SFTConfig
+
+    from dspy_lora.training.watch import CHOICE
 
     small = model.num_parameters() < SMALL_MODEL
     micro = config.batch_size if small else min(config.micro_batch_size, config.batch_size)
@@ -223,8 +224,8 @@ def _arguments(config: TrainConfig, model: Any, rows: int) -> Any:
         save_steps=every,
         save_total_limit=2,
         load_best_model_at_end=True,
-        metric_for_best_model=f"eval_{config.select_by}",
-        greater_is_better=config.select_by == "exact_match",
+        metric_for_best_model=CHOICE,
+        greater_is_better=True,
         disable_tqdm=True,
         report_to="none",
     )
@@ -288,7 +289,7 @@ def _save(config: TrainConfig, base: Base, model: Any) -> None:
     file, dtype = draft / "adapter_model.safetensors", getattr(torch, config.adapter_dtype)
     save_file({name: weight.to(dtype) for name, weight in load_file(file).items()}, file, {"format": "pt"})
     shutil.rmtree(folder, ignore_errors=True)
-    os.replace(draft, folder)
+    draft.replace(folder)
 
 
 def _publish(config: TrainConfig, base: Base, rows: Rows, figures: dict[str, Any], run: Run) -> None:

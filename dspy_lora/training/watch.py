@@ -1,4 +1,7 @@
-"""What a run shows and measures while the trainer works. Imported only where a trainer is made: it needs transformers."""
+"""What a run shows and measures while the trainer works.
+
+Imported only where a trainer is made, since its class needs transformers at import.
+"""
 
 import math
 import time
@@ -8,6 +11,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from dspy_lora.training.run import Run
 from dspy_lora.training.scoring import Questions, exact_match
+
+# The metric that the trainer chooses its best checkpoint by: the greater, the better.
+CHOICE = "eval_choice"
+
+# Weight of the loss among equal exact matches: below one answer in any number of rows that fits in memory.
+_TIE_BREAK = 1e-9
 
 _LOGGED = ("loss", "grad_norm", "learning_rate", "mean_token_accuracy")
 
@@ -20,13 +29,15 @@ class Watch(TrainerCallback):
 
     Args:
         run: The run's book.
-        questions: Validation rows to answer at each validation; None leaves it at the loss.
+        questions: Validation rows to answer at each validation.
         batch_size: Prompts answered in one batch.
+        select_by: ``"exact_match"`` (among equals, the lower loss) or ``"loss"``.
     """
 
-    def __init__(self, run: Run, questions: Questions | None, batch_size: int) -> None:
+    def __init__(self, run: Run, questions: Questions, batch_size: int, select_by: str) -> None:
         self._run = run
         self._questions = questions
+        self._select_by = select_by
         self._batch_size = batch_size
         self._start = 0.0
 
@@ -69,11 +80,9 @@ class Watch(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Answers the validation rows and records the validation."""
-        found = {"eval_loss": metrics["eval_loss"]}
-        line = f"step {state.global_step}: validation loss {metrics['eval_loss']:.4f}"
-        if self._questions is not None:
-            share = exact_match(model, processing_class, self._questions, self._batch_size)
-            metrics["eval_exact_match"] = found["eval_exact_match"] = share
-            line += f", exact match {share:.3f}"
-        self._run.log(state.global_step, **found)
-        self._run.say(line)
+        loss = metrics["eval_loss"]
+        share = exact_match(model, processing_class, self._questions, self._batch_size)
+        metrics["eval_exact_match"] = share
+        metrics[CHOICE] = -loss if self._select_by == "loss" else share - _TIE_BREAK * loss
+        self._run.log(state.global_step, eval_loss=loss, eval_exact_match=share)
+        self._run.say(f"step {state.global_step}: validation loss {loss:.4f}, exact match {share:.3f}")

@@ -1,0 +1,103 @@
+"""Texts for tasks: sentences of the pretraining text, and generated ones that need no text at hand."""
+
+import lzma
+import re
+from pathlib import Path
+from random import Random
+
+from dspy_lora.seedling.words import DAYS, Split, names, word
+
+_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'])")
+_SHORTEST, _LONGEST = 30, 400  # characters of a usable sentence
+
+_FRAMES = (
+    "{first} asked about the {a} before {day}.",
+    "We could not find the {a} near the {b} in {city}.",
+    "The {a} was delivered with a {b} and nothing else.",
+    "Please tell {first} that the {a} is ready.",
+    "After the {a}, {first} and {first2} went to {city}.",
+    "I would like to know more about your {a} and the {b}.",
+    "There were {n} reports about the {a} on {day}.",
+    "My {a} stopped working when the {b} arrived.",
+    "{first} {last} wrote that the {a} needs another look.",
+    "Nobody in {city} remembers who brought the {a}.",
+    "The team talked about {a} for {n} minutes.",
+    "It seems that the {a} and the {b} were mixed up.",
+    "Can you send me the {a} by {day}?",
+    "{city} is known for its {a}, {first} said.",
+    "On {day} we paid {n} for the {a}.",
+    "They moved the {a} behind the {b} without asking.",
+    "I have been waiting for the {a} since {day}.",
+    "{first} thinks that a {a} is better than a {b}.",
+    "Our {a} costs {n} this month, which surprised {first}.",
+    "The letter from {city} mentions a {a}.",
+)
+
+
+def generated(rng: Random, split: Split) -> str:
+    """A sentence about common words, names and places."""
+    first, first2 = rng.sample(names("first", split), 2) if len(names("first", split)) > 1 else ("Ada", "Ben")
+    return rng.choice(_FRAMES).format(
+        first=first,
+        first2=first2,
+        last=rng.choice(names("last", split)),
+        city=rng.choice(names("city", split)),
+        day=rng.choice(DAYS),
+        n=rng.randint(2, 999),
+        a=word(rng, split, 0.1),
+        b=word(rng, split, 0.1),
+    )
+
+
+def read_texts(folder: Path) -> list[str]:
+    """The pretraining texts, one string a file (``*.txt.xz`` or ``*.txt``)."""
+    files = sorted(folder.glob("*.txt*"))
+    return [(lzma.open(file, "rt", encoding="utf-8").read() if file.suffix == ".xz" else file.read_text()) for file in files]
+
+
+def split_sentences(text: str) -> list[str]:
+    """Sentences of moderate length in a text."""
+    return [s for line in text.split("\n") for s in _END.split(line.strip()) if _SHORTEST <= len(s) <= _LONGEST]
+
+
+class Texts:
+    """Where tasks take their texts from.
+
+    Args:
+        sentences: Sentences of the pretraining text in their order; empty where only generated ones are wanted.
+        passages: ``(subject, passage)`` pairs of textbooks, for tasks about topics.
+    """
+
+    def __init__(self, sentences: list[str] | None = None, passages: list[tuple[str, str]] | None = None) -> None:
+        self.sentences = sentences or []
+        self.passages = passages or []
+
+    def sentence(self, rng: Random, split: Split) -> str:
+        """One sentence."""
+        if not self.sentences or rng.random() < 0.35:
+            return generated(rng, split)
+        return rng.choice(self.sentences)
+
+    def text(self, rng: Random, split: Split) -> str:
+        """One to four sentences."""
+        return " ".join(self.sentence(rng, split) for _ in range(rng.choice((1, 1, 1, 2, 2, 3, 4))))
+
+    def neighbours(self, rng: Random, split: Split, count: int) -> list[str]:
+        """``count`` sentences that follow each other (generated ones do not)."""
+        if not self.sentences:
+            return [generated(rng, split) for _ in range(count)]
+        start = rng.randrange(len(self.sentences) - count)
+        return self.sentences[start : start + count]
+
+
+_BOOK = re.compile(r"(?m)^(?:Customization\n)?([A-Z][A-Za-z ,:&'-]{4,48}?)(?: \d?e)? is licensed under a Creative Commons")
+
+
+def textbook_passages(text: str) -> list[tuple[str, str]]:
+    """``(subject, passage)`` pairs: a passage is a line of 150 to 700 characters of the book that names the subject."""
+    marks = [(match.start(), match[1].strip()) for match in _BOOK.finditer(text)]
+    pairs: list[tuple[str, str]] = []
+    for (start, subject), (end, _) in zip(marks, [*marks[1:], (len(text), "")], strict=False):
+        subject = re.sub(r"^(Introduction to|Introductory|College|Principles of|Concepts of|\W)\s+", "", subject).lower()
+        pairs += [(subject, line) for line in text[start:end].split("\n") if 150 <= len(line) <= 700]
+    return pairs
