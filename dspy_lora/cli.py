@@ -1,11 +1,12 @@
-"""The command line, ``dspy-lora``: one function a command.
+"""The command line, ``dspy-lora``.
 
-``main`` builds the parsers, runs the command's function and turns this package's errors into one line. A function that
-adds a command takes ``commands`` (see ``_add_adapters``) and ends with ``set_defaults(run=function)``; a command's
-function takes the parsed arguments, imports its room, and returns the exit code.
+A command of a room is a module with ``add_arguments(parser)`` and ``run(args) -> int``, named in ``_ROOMS``. Only the
+module of the command that was asked for is imported, so ``dspy-lora adapters list`` answers at once. ``run`` raises
+this package's errors; ``main`` turns them into one line.
 """
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
 
     _Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
+# Command: its module, and what it does.
+_ROOMS = {
+    "train": ("dspy_lora.training.command", "train an adapter for one domain or several"),
+}
+
 _FAILED = 2
 _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
@@ -35,8 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 2 for an error of this package (printed as ``error: ...``), 130 after Ctrl-C.
     """
-    args = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
+        args = _parser(words).parse_args(words)
         code: int = args.run(args)
         sys.stdout.flush()
     except DspyLoraError as exc:
@@ -51,11 +58,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    """All commands for the help page, and the flags of the one that was asked for."""
     parser = argparse.ArgumentParser(prog="dspy-lora", description="LoRA adapters for DSPy programs.")
     parser.add_argument("--version", action="version", version=f"dspy-lora {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_adapters(commands)
+    asked_for = next((word for word in words if not word.startswith("-")), None)
+    for name, (module, text) in _ROOMS.items():
+        command = commands.add_parser(name, help=text, description=text.capitalize() + ".")
+        if name == asked_for:
+            room = importlib.import_module(module)
+            room.add_arguments(command)
+            command.set_defaults(run=room.run)
     return parser
 
 

@@ -9,7 +9,7 @@ import keyword
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import pydantic
 import yaml
@@ -279,7 +279,7 @@ def _fields(section: Key) -> dict[str, Any]:
 
 def _alternatives(annotation: Any) -> list[Any]:
     """The types or literal values that an annotation allows: ``Literal["a", "b"] | None`` gives a, b and NoneType."""
-    inner = get_args(annotation)
+    inner = () if get_origin(annotation) is list else get_args(annotation)
     return [leaf for part in inner for leaf in _alternatives(part)] if inner else [annotation]
 
 

@@ -171,8 +171,12 @@ class LoRALM(dspy.LM):
         self._engine_spec.unload(self.model)
 
     def engine_stats(self) -> dict[str, Any]:
-        """Figures of the running engine: running and waiting requests, tokens per second since the last look, the
-        adapters resident in it, prefix-cache queries and hits (tokens), uptime in seconds."""
+        """Figures of the running engine.
+
+        Returns:
+            Running and waiting requests, tokens per second since the last look, the adapters resident in it,
+            prefix-cache queries and hits (tokens), uptime in seconds, restarts.
+        """
         return self._engine_spec.stats()
 
     def launch(self, launch_kwargs: dict[str, Any] | None = None) -> None:
@@ -277,7 +281,10 @@ def load(program: dspy.Module, path: str | Path) -> dspy.Module:
     own = f"{LoRALM.__module__}.{LoRALM.__qualname__}"
     for name in _lm_classes(json.loads(Path(path).read_text())):
         if name not in (own, "dspy.clients.lm.LM"):
-            raise ConfigError(f"{str(path)!r} asks for class {name!r}. If you trust it: program.load(path, allow_unsafe_lm_state=True)")
+            raise ConfigError(
+                f"{str(path)!r} asks for class {name!r}. "
+                "If you trust it: program.load(path, allow_unsafe_lm_state=True)"
+            )
     program.load(str(path), allow_unsafe_lm_state=True)
     return program
 

@@ -76,5 +76,10 @@ def test_wheel_holds_code_data_and_optimizers(tmp_path):
     code |= {f"dspy_lora/{p.relative_to(source).as_posix()}" for p in (source / "optimizers").rglob("*.py")}
     seedling = source / "dspy_lora/seedling"
     data = [p for part in ("base", "adapters") for p in (seedling / part).rglob("*") if p.is_file()]
-    data += [seedling / "MODEL_CARD.md", source / "dspy_lora/lora_config.yaml", source / "dspy_lora/py.typed"]
+    data += [
+        seedling / "MODEL_CARD.md",
+        seedling / "words.txt",
+        source / "dspy_lora/lora_config.yaml",
+        source / "dspy_lora/py.typed",
+    ]
     assert inside == code | {p.relative_to(source).as_posix() for p in data}

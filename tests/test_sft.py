@@ -34,7 +34,7 @@ def make_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def teach_format(model: Any, tokenizer: Any) -> None:
-    """Trains all weights on rows with random labels: the base answers in DSPy's format and knows no animal."""
+    """Trains all weights a little on rows with random labels: the base nearly knows DSPy's format and no animal."""
     rng = random.Random(0)
     rows = [row | {"label": rng.choice(list(SOUNDS.values()))} for row in make_rows(64)]
     tokens, _ = data.tokenize(tokenizer, data.render(SIGNATURE, rows), 512)
@@ -125,7 +125,7 @@ def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Train
         folder / "out",
         train=folder / "train.jsonl",
         max_steps=60,
-        learning_rate=5e-3,
+        learning_rate=3e-3,
         eval_every=20,
         eval_rows=16,
     )
@@ -239,7 +239,7 @@ def test_the_run_card_says_what_was_done(trained: tuple[TrainConfig, str], base:
     assert card["data"]["sha256"] == {"train": data.sha256(config.train), "dev": data.sha256(config.dev or [])}
     assert card["data"]["train"]["rows"] == 64
     assert card["base"]["revision"] == resolve_base(str(base)).revision
-    assert card["config"]["learning_rate"] == 5e-3
+    assert card["config"]["learning_rate"] == 3e-3
     assert card["config"]["signature"]["instructions"] == "Say which animal it is."
     assert card["versions"]["torch"] == torch.__version__
     assert card["hardware"]["cpus"] >= 1
@@ -313,6 +313,17 @@ def test_settings_reach_the_adapter(base: Path, tmp_path: Path) -> None:
     assert any("magnitude" in name for name in weights)
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
     assert read_card(config)["result"]["steps"] == 4  # half of 64 rows by 8
+
+
+def test_a_run_publishes_what_it_trained(base: Path, tmp_path: Path) -> None:
+    from dspy_lora.adapters.registry import AdapterRegistry
+
+    config = settings(base, tmp_path / "run", registry=tmp_path / "registry", quiet=True)
+    train(config)
+    revision = AdapterRegistry(tmp_path / "registry").resolve("animals")
+    assert (revision.rank, revision.base) == (16, read_card(config)["base"]["revision"])
+    assert revision.metadata["result"] == read_card(config)["result"]
+    assert revision.metadata["data"] == read_card(config)["data"]["sha256"]
 
 
 def test_a_loss_that_explodes_ends_the_run(base: Path, tmp_path: Path) -> None:

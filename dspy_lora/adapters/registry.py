@@ -187,7 +187,7 @@ class AdapterRegistry:
         side by side, in threads and processes; the last one's revision is current.
 
         Args:
-            source: Folder with adapter_config.json and adapter_model.safetensors. README.md, run_card.json and
+            source: Folder with adapter_config.json and adapter_model.safetensors. README.md, run.json and
                 metadata.json are copied along, nothing else.
             name: The adapter's name, for a domain's adapter the domain.
             base: The base model that it is for; None takes the configuration's.

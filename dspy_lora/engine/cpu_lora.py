@@ -11,6 +11,7 @@ Measured by ``dspy-lora bench`` (see docs) and held to the PEFT reference by ``t
 
 import logging
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,11 +31,11 @@ class GroupedPunica(PunicaWrapperCPU):
 
     Attributes:
         order: Token positions sorted by adapter slot, or None where one adapter owns the whole batch.
-        segments: ``(slot, first, last)`` ranges of ``order`` (or of the batch), without the tokens that have no adapter.
+        segments: ``(slot, first, last)`` ranges of ``order`` (or of the batch); tokens without an adapter are in none.
     """
 
     order: torch.Tensor | None = None
-    segments: list[tuple[int, int, int]] = []
+    segments: Sequence[tuple[int, int, int]] = ()
 
     def update_metadata(
         self, mapping: "LoRAMapping", lora_index_to_id: list[int | None], max_loras: int, vocab_size: int, **kwargs: Any
@@ -98,7 +99,9 @@ def register() -> None:
     if os.environ.get(ENABLED) != "1" or not current_platform.is_cpu():
         return
     if not vllm.__version__.startswith(TESTED_VLLM):
-        logger.warning("LoRA on the CPU uses vLLM %s's own path: grouped LoRA was tested with %s", vllm.__version__, TESTED_VLLM)
+        logger.warning(
+            "LoRA on the CPU uses vLLM %s's own path: grouped LoRA was tested with %s", vllm.__version__, TESTED_VLLM
+        )
         return
     path = f"{GroupedPunica.__module__}.{GroupedPunica.__qualname__}"
     type(current_platform).get_punica_wrapper = classmethod(lambda cls: path)

@@ -8,6 +8,7 @@ processes with it.
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -74,16 +75,20 @@ class Host:
     async def serve(self, requests: zmq.asyncio.Socket) -> None:
         """Handles messages until the task is cancelled."""
         decoder = msgspec.msgpack.Decoder(Request)
-        handlers = {Generate: self.generate, Command: self.command}
         while True:
             message = decoder.decode(await requests.recv())
             if isinstance(message, Abort):
                 if task := self.tasks.get(message.id):
                     task.cancel()
                 continue
-            task = asyncio.create_task(self.answer(message.id, handlers[type(message)](message)))
+            work = self.generate(message) if isinstance(message, Generate) else self.command(message)
+            task = asyncio.create_task(self.answer(message.id, work))
             self.tasks[message.id] = task
-            task.add_done_callback(lambda _, id=message.id: self.tasks.pop(id, None))
+            task.add_done_callback(functools.partial(self.forget, message.id))
+
+    def forget(self, id: int, task: "asyncio.Task[None]") -> None:
+        """Drops a finished request's task."""
+        self.tasks.pop(id, None)
 
     async def answer(self, id: int, work: Any) -> None:
         """Awaits ``work`` and turns what it raises into a ``Failed`` reply."""
@@ -100,7 +105,7 @@ class Host:
             await self.send(Failed(id, "adapter", str(exc)))
         except (VLLMClientError, ValueError, TypeError) as exc:
             await self.send(Failed(id, "invalid", str(exc)))
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001 - whatever vLLM raises is this caller's answer
             await self.send(Failed(id, "server", f"{type(exc).__name__}: {exc}"))
 
     async def send(self, reply: Reply) -> None:
@@ -118,8 +123,7 @@ class Host:
         if request.stream:
             final = await self.stream(request, prompt, outputs)
         else:
-            async for final in outputs:
-                pass
+            final = [output async for output in outputs][-1]
         candidates = [self.candidate(request, output) for output in final.outputs]
         self.stats.count(len(prompt), sum(candidate.output_tokens for candidate in candidates))
         await self.send(Done(request.id, candidates, len(prompt), final.num_cached_tokens or 0))
@@ -132,8 +136,8 @@ class Host:
         prompt: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
         if len(prompt) >= self.max_model_len:
             raise ContextTooLong(
-                f"The prompt has {len(prompt)} tokens; the model's context holds {self.max_model_len}, of which at least "
-                "one must be left for the answer. Shorten the input or drop demos."
+                f"The prompt has {len(prompt)} tokens; the model's context holds {self.max_model_len}, of which one at "
+                "least must be left for the answer. Shorten the input or drop demos."
             )
         return prompt
 
@@ -153,7 +157,7 @@ class Host:
     async def stream(self, request: Generate, prompt: list[int], outputs: Any) -> "RequestOutput":
         """Sends deltas; returns the last output with the whole text and tokens put back together."""
         splitter = self.parsers.splitter(request, prompt)
-        text, ids, logprobs = "", [], []
+        text, ids, logprobs = "", list[int](), list[Any]()
         async for output in outputs:
             [piece] = output.outputs
             text, ids = text + piece.text, ids + list(piece.token_ids)
@@ -371,7 +375,7 @@ async def _main(folder: str, settings: dict[str, Any]) -> int:
     try:
         engine, info = _start(settings, stats)
         parsers = Parsers(engine.get_tokenizer(), settings["tool_parser"], settings["reasoning_parser"])
-    except BaseException as exc:
+    except BaseException as exc:  # noqa: BLE001 - the client raises it
         await replies.send(msgspec.msgpack.encode(StartFailed(f"{type(exc).__name__}: {exc}")))
         replies.close(linger=2000)
         return 1

@@ -32,10 +32,9 @@ class Progress:
         """The engine serves."""
         seconds = time.monotonic() - self._began
         start = "\r" if self._terminal else ""
-        self._write(
-            f"{start}dspy-lora: vLLM {info['vllm']} serves {self._name!r} on {info['device']} after {seconds:.0f} s "
-            f"({info['max_loras']} adapter slots, rank up to {info['max_lora_rank']}, context {info['max_model_len']})\n"
-        )
+        room = f"{info['max_loras']} adapter slots, rank up to {info['max_lora_rank']}, context {info['max_model_len']}"
+        where = f"vLLM {info['vllm']} serves {self._name!r} on {info['device']}"
+        self._write(f"{start}dspy-lora: {where} after {seconds:.0f} s ({room})\n")
         self._open = False
 
     def stop(self) -> None:

@@ -1,7 +1,7 @@
 """Engine objects for a running server that speaks vLLM's OpenAI API: vLLM itself, or Ray Serve LLM.
 
-The requests are DSPy's own ``lm15`` client's; what is added is loading adapters on the server, names, and vLLM's sampling
-settings. Adapters are loaded through ``/v1/load_lora_adapter``, for which a vLLM server must run with
+The requests are DSPy's own ``lm15`` client's; what is added is loading adapters on the server, names, and vLLM's
+sampling settings. Adapters are loaded through ``/v1/load_lora_adapter``, for which a vLLM server must run with
 ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=1`` and see the adapter's folder under the same path; a server that already lists the
 adapter's name needs neither.
 """
@@ -98,7 +98,9 @@ class _Remote:
         if adapter is None:
             return self._base_name(cards)
         if all(card["id"] != adapter.name for card in cards):
-            self._http("POST", self.api_base, "/load_lora_adapter", {"lora_name": adapter.name, "lora_path": adapter.path})
+            self._http(
+                "POST", self.api_base, "/load_lora_adapter", {"lora_name": adapter.name, "lora_path": adapter.path}
+            )
         return adapter.name
 
     def _base_name(self, cards: list[dict[str, Any]]) -> str:

@@ -84,7 +84,12 @@ def tool_chat(rng: Random, split: Split, texts: Texts) -> Chat:
     ask = rng.choice(("{v} the {n} for {x}.", "Please {v} the {n} with {x}.", "I need you to {v} the {n}: {x}"))
     request = ask.format(v=verbs[chosen], n=nouns[chosen], x=value)
     call = json.dumps({"name": function["name"], "arguments": {argument: value}})  # type: ignore[index]
-    messages = [{"role": "user", "content": request}, {"role": "assistant", "content": f"<tool_call>\n{call}\n</tool_call>"}]
+    messages = [
+        {"role": "user", "content": request},
+        {"role": "assistant", "content": f"<tool_call>\n{call}\n</tool_call>"},
+    ]
     if rng.random() < 0.5:
-        messages.insert(0, {"role": "system", "content": rng.choice(("You can call functions.", "Use the tools you have."))})
+        messages.insert(
+            0, {"role": "system", "content": rng.choice(("You can call functions.", "Use the tools you have."))}
+        )
     return Chat("tool", messages, tools=tools)

@@ -115,7 +115,9 @@ class ChatPool:
     def take(self, count: int) -> Rows:
         """``count`` rows; fresh ones where there are, else earlier ones again."""
         chunks = [self._chunk() for _ in range(-(-count // _CHUNK))]
-        joined = (np.concatenate([getattr(chunk, name) for chunk in chunks]) for name in ("tokens", "weights", "documents"))
+        joined = (
+            np.concatenate([getattr(chunk, name) for chunk in chunks]) for name in ("tokens", "weights", "documents")
+        )
         tokens, weights, documents = joined
         return Rows(tokens[:count], weights[:count], documents[:count])
 

@@ -28,7 +28,9 @@ _SHARD = 15 * 10**6  # bytes
 
 def corpus_of(texts: list[str]) -> Texts:
     """Sentences and textbook passages of the pretraining texts."""
-    return Texts([s for text in texts for s in split_sentences(text)], [p for text in texts for p in textbook_passages(text)])
+    return Texts(
+        [s for text in texts for s in split_sentences(text)], [p for text in texts for p in textbook_passages(text)]
+    )
 
 
 def tokenise(texts: list[str], tokenizer: Any) -> Any:
@@ -112,7 +114,9 @@ def save(network: Llama, folder: Path) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: weight.detach().to("cpu", torch.bfloat16).contiguous() for name, weight in network.state_dict().items()}
+    state = {
+        name: weight.detach().to("cpu", torch.bfloat16).contiguous() for name, weight in network.state_dict().items()
+    }
     shards: list[dict[str, torch.Tensor]] = [{}]
     for name, weight in state.items():
         if sum(w.nbytes for w in shards[-1].values()) + weight.nbytes > _SHARD:
@@ -145,7 +149,10 @@ def train(args: argparse.Namespace) -> None:
     corpus = corpus_of(texts)
     pool = ChatPool(args.workers, corpus, args.tokenizer, args.seed, args.prompt_weight)
     tokens = tokenise(texts, AutoTokenizer.from_pretrained(args.tokenizer))
-    print(f"{len(tokens):,} tokens of text, {len(corpus.sentences):,} sentences, {len(corpus.passages):,} passages", flush=True)
+    print(
+        f"{len(tokens):,} tokens of text, {len(corpus.sentences):,} sentences, {len(corpus.passages):,} passages",
+        flush=True,
+    )
     torch.set_float32_matmul_precision("high")
     trainer = Trainer(device, args.rate, args.flex)
     print(f"{sum(p.numel() for p in trainer.network.parameters()):,} parameters on {device}", flush=True)
@@ -166,7 +173,10 @@ def train(args: argparse.Namespace) -> None:
             seen = 0
         if time.monotonic() - shown > 10 or step <= 3 or step == args.steps:
             shown, rate = time.monotonic(), seen / max(time.monotonic() - warm, 1e-9)
-            t, c = losses[: args.rows - chats].mean().item(), losses[args.rows - chats :].mean().item() / args.answer_weight
+            t, c = (
+                losses[: args.rows - chats].mean().item(),
+                losses[args.rows - chats :].mean().item() / args.answer_weight,
+            )
             print(
                 f"{progress:6.1%} step {step} text {t:.3f} answers {c:.4f} {rate:,.0f} tokens/s "
                 f"chunks fresh {pool.fresh} repeated {pool.repeated}",

@@ -52,7 +52,9 @@ def generated(rng: Random, split: Split) -> str:
 def read_texts(folder: Path) -> list[str]:
     """The pretraining texts, one string a file (``*.txt.xz`` or ``*.txt``)."""
     files = sorted(folder.glob("*.txt*"))
-    return [(lzma.open(file, "rt", encoding="utf-8").read() if file.suffix == ".xz" else file.read_text()) for file in files]
+    return [
+        (lzma.open(file, "rt", encoding="utf-8").read() if file.suffix == ".xz" else file.read_text()) for file in files
+    ]
 
 
 def split_sentences(text: str) -> list[str]:
@@ -90,7 +92,9 @@ class Texts:
         return self.sentences[start : start + count]
 
 
-_BOOK = re.compile(r"(?m)^(?:Customization\n)?([A-Z][A-Za-z ,:&'-]{4,48}?)(?: \d?e)? is licensed under a Creative Commons")
+_BOOK = re.compile(
+    r"(?m)^(?:Customization\n)?([A-Z][A-Za-z ,:&'-]{4,48}?)(?: \d?e)? is licensed under a Creative Commons"
+)
 
 
 def textbook_passages(text: str) -> list[tuple[str, str]]:
@@ -98,6 +102,8 @@ def textbook_passages(text: str) -> list[tuple[str, str]]:
     marks = [(match.start(), match[1].strip()) for match in _BOOK.finditer(text)]
     pairs: list[tuple[str, str]] = []
     for (start, subject), (end, _) in zip(marks, [*marks[1:], (len(text), "")], strict=False):
-        subject = re.sub(r"^(Introduction to|Introductory|College|Principles of|Concepts of|\W)\s+", "", subject).lower()
+        subject = re.sub(
+            r"^(Introduction to|Introductory|College|Principles of|Concepts of|\W)\s+", "", subject
+        ).lower()
         pairs += [(subject, line) for line in text[start:end].split("\n") if 150 <= len(line) <= 700]
     return pairs

@@ -161,7 +161,9 @@ def insert(rng: Random, text: str, phrase: str) -> str:
         parts = text.split(" ")
         parts.insert(rng.randint(0, len(parts)), phrase)
         return " ".join(parts)
-    clause = rng.choice(("It is about {}.", "This concerns the {}.", "See the {} too.", "Also, the {}.", "What about {}?"))
+    clause = rng.choice(
+        ("It is about {}.", "This concerns the {}.", "See the {} too.", "Also, the {}.", "What about {}?")
+    )
     return f"{text} {clause.format(phrase)}" if way < 0.8 else f"{clause.format(phrase)} {text}"
 
 
@@ -218,7 +220,9 @@ def make_rules(rng: Random, split: Split, source: str, target: str, fewest: int 
     return Rules(labels, keywords, default, instruction.strip(), ordered)
 
 
-def apply_rules(rng: Random, rules: Rules, texts: Texts, split: Split, source: str, target: str) -> tuple[str, str, str]:
+def apply_rules(
+    rng: Random, rules: Rules, texts: Texts, split: Split, source: str, target: str
+) -> tuple[str, str, str]:
     """A text, its label and the reason."""
     every = [w for group in rules.keywords for w in group]
     text = _clean(rng, texts, split, every)
@@ -331,7 +335,11 @@ def extract_task(rng: Random, split: Split, texts: Texts) -> Task:
 
 def _extracted(rng: Random, split: Split, texts: Texts, what: str) -> tuple[str, str]:
     if what in ("copy", "upper"):
-        text = " ".join(distinct(rng, split, rng.randint(1, 6))) if rng.random() < 0.6 else texts.sentence(rng, split)[:90].strip()
+        text = (
+            " ".join(distinct(rng, split, rng.randint(1, 6)))
+            if rng.random() < 0.6
+            else texts.sentence(rng, split)[:90].strip()
+        )
         return text, text.upper() if what == "upper" else text
     if what in ("first", "last"):
         words = distinct(rng, split, rng.randint(2, 9))
@@ -371,7 +379,13 @@ def contains_task(rng: Random, split: Split, texts: Texts) -> Task:
     for _ in range(ROWS):
         there = rng.random() < 0.5
         text = _clean(rng, texts, split, [keyword])
-        text = insert(rng, text, keyword) if there else insert(rng, text, distinct(rng, split, 1)[0]) if rng.random() < 0.3 else text
+        text = (
+            insert(rng, text, keyword)
+            if there
+            else insert(rng, text, distinct(rng, split, 1)[0])
+            if rng.random() < 0.3
+            else text
+        )
         there = keyword.lower() in text.lower()
         reason = f'"{keyword}" is in the {source}.' if there else f'"{keyword}" is not in the {source}.'
         rows.append({source: text, target: there if as_bool else ("yes" if there else "no"), "reasoning": reason})
@@ -400,7 +414,13 @@ def list_task(rng: Random, split: Split, texts: Texts) -> Task:
         reason = f"I find {', '.join(found)}." if found else "There are none."
         rows.append({source: " ".join(parts), target: len(found) if count else found, "reasoning": reason})
     kind = int if count else list[str]
-    return Task("count" if count else "list", pick(rng, ask, split).format(p=plural, f=source), {source: str}, {target: kind}, rows)
+    return Task(
+        "count" if count else "list",
+        pick(rng, ask, split).format(p=plural, f=source),
+        {source: str},
+        {target: kind},
+        rows,
+    )
 
 
 # -- several inputs --------------------------------------------------------------------------------------------------
@@ -461,8 +481,14 @@ def _choice(
             text = texts.sentence(rng, split)
             words = [w for w in text.split(" ") if w.isalpha()]
         answer = rng.choice(words)
-        others = [rng.choice([w for w in texts.sentence(rng, split).split(" ") if w.isalpha()] or ["so"]) for _ in range(count - 1)]
-        pool, text = [answer, *others], text.replace(f" {answer}", " ____", 1) if f" {answer}" in text else text.replace(answer, "____", 1)
+        others = [
+            rng.choice([w for w in texts.sentence(rng, split).split(" ") if w.isalpha()] or ["so"])
+            for _ in range(count - 1)
+        ]
+        pool, text = (
+            [answer, *others],
+            text.replace(f" {answer}", " ____", 1) if f" {answer}" in text else text.replace(answer, "____", 1),
+        )
     else:
         text, following = texts.neighbours(rng, split, 2)
         pool = [following[:160], *(texts.sentence(rng, split)[:160] for _ in range(min(count, 3) - 1))]
@@ -508,7 +534,10 @@ def topic_task(rng: Random, split: Split, texts: Texts) -> Task:
     ask = ("Which subject is the {f} about?", "Name the field of study.", "Give the topic.", "Choose the subject of the {f}.", "What is the {f} taken from?")  # fmt: skip
     instruction = f"{pick(rng, ask, split).format(f=source)} One of: {', '.join(subjects)}."
     kind: Any = Literal[tuple(subjects)] if rng.random() < 0.5 else str  # type: ignore[misc]
-    rows = [{source: passage, target: subject, "reasoning": f"This is about {subject}."} for subject, passage in chosen.items()]
+    rows = [
+        {source: passage, target: subject, "reasoning": f"This is about {subject}."}
+        for subject, passage in chosen.items()
+    ]
     return Task("topic", instruction, {source: str}, {target: kind}, rows)
 
 
@@ -519,7 +548,9 @@ def several_task(rng: Random, split: Split, texts: Texts) -> Task:
     rules = make_rules(rng, split, source, targets[0], most=4)
     lines = [f"For {targets[0]}: {rules.instruction}"]
     [flag] = distinct(rng, split, 1)
-    lines.append(rng.choice(("{t} is true if {w} is mentioned.", "{t}: does it mention {w}?")).format(t=targets[1], w=flag))
+    lines.append(
+        rng.choice(("{t} is true if {w} is mentioned.", "{t}: does it mention {w}?")).format(t=targets[1], w=flag)
+    )
     if outputs == 3:
         lines.append(rng.choice(("{t} is the city named.", "{t}: the city in the text.")).format(t=targets[2]))
     rows = []
@@ -566,6 +597,3 @@ def make_task(rng: Random, split: Split, texts: Texts, kind: str | None = None) 
 
 
 _DESCRIPTIONS = ("the {f}", "The {f} to look at.", "{f}", "what is given as {f}", "a {f}", "the {f} of this case")
-
-
-

@@ -213,6 +213,7 @@ def _arguments(config: TrainConfig, model: Any, rows: int) -> Any:
         gradient_checkpointing=config.gradient_checkpointing and not small,
         torch_compile=config.torch_compile,
         max_length=None,  # rows that are too long are already left out
+        dataset_kwargs={"skip_prepare_dataset": True},  # data.tokenize has done it
         train_sampling_strategy="group_by_length",
         dataloader_pin_memory=cuda,
         prediction_loss_only=True,
