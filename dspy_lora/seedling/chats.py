@@ -9,7 +9,8 @@ from typing import Any
 import dspy
 
 from dspy_lora.seedling.sentences import Texts
-from dspy_lora.seedling.tasks import Task, make_task
+from dspy_lora.seedling.task import Task
+from dspy_lora.seedling.tasks import make_task
 from dspy_lora.seedling.words import Split, distinct, field_name
 
 _ADAPTERS = {"chat": dspy.ChatAdapter(), "json": dspy.JSONAdapter()}
@@ -72,18 +73,19 @@ def _render(rng: Random, task: Task, made: type[dspy.Signature], adapter: Any) -
 def tool_chat(rng: Random, split: Split, texts: Texts) -> Chat:
     """A request, some tools, and the call that answers it."""
     verbs, nouns = distinct(rng, split, 3), distinct(rng, split, 3)
-    tools, chosen = [], rng.randrange(count := rng.randint(1, 3))
+    functions: list[dict[str, Any]] = []
+    chosen = rng.randrange(count := rng.randint(1, 3))
     for verb, noun in list(zip(verbs, nouns, strict=True))[:count]:
         argument = field_name(rng, split, "input")
         parameters = {"type": "object", "properties": {argument: {"type": "string"}}, "required": [argument]}
-        function = {"name": f"{verb}_{noun}", "description": f"{verb} the {noun}", "parameters": parameters}
-        tools.append({"type": "function", "function": function})
+        name, description = f"{verb}_{noun}", f"{verb} the {noun}"
+        functions.append({"name": name, "description": description, "parameters": parameters})
     value = " ".join(distinct(rng, split, rng.randint(1, 3)))
-    function = tools[chosen]["function"]
-    [argument] = function["parameters"]["properties"]  # type: ignore[index]
+    function = functions[chosen]
+    [argument] = function["parameters"]["properties"]
     ask = rng.choice(("{v} the {n} for {x}.", "Please {v} the {n} with {x}.", "I need you to {v} the {n}: {x}"))
     request = ask.format(v=verbs[chosen], n=nouns[chosen], x=value)
-    call = json.dumps({"name": function["name"], "arguments": {argument: value}})  # type: ignore[index]
+    call = json.dumps({"name": function["name"], "arguments": {argument: value}})
     messages = [
         {"role": "user", "content": request},
         {"role": "assistant", "content": f"<tool_call>\n{call}\n</tool_call>"},
@@ -92,4 +94,4 @@ def tool_chat(rng: Random, split: Split, texts: Texts) -> Chat:
         messages.insert(
             0, {"role": "system", "content": rng.choice(("You can call functions.", "Use the tools you have."))}
         )
-    return Chat("tool", messages, tools=tools)
+    return Chat("tool", messages, tools=[{"type": "function", "function": each} for each in functions])

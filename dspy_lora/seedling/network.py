@@ -1,6 +1,6 @@
 """The network that is trained: Llama, named as in ``transformers.LlamaForCausalLM``, packed rows in, losses out."""
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ CONFIG: dict[str, Any] = {
     "dtype": "bfloat16",
 }
 
-Mask = torch.Tensor | BlockMask
+Mask: TypeAlias = torch.Tensor | BlockMask
 
 
 class Attention(nn.Module):
@@ -112,9 +112,9 @@ class Llama(nn.Module):
         """Logits [rows, tokens, vocabulary] of token ids and positions [rows, tokens]."""
         rope = rotation(positions, self.config["head_dim"], self.config["rope_parameters"]["rope_theta"])
         x = self.model["embed_tokens"](tokens)
-        for layer in self.model["layers"]:  # type: ignore[union-attr]
+        for layer in self.model["layers"]:
             x = layer(x, rope, mask)
-        return F.linear(self.model["norm"](x), self.model["embed_tokens"].weight)  # type: ignore[arg-type]
+        return F.linear(self.model["norm"](x), self.model["embed_tokens"].weight)
 
 
 def rotation(positions: torch.Tensor, dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:

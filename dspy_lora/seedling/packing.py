@@ -63,8 +63,9 @@ def chat_rows(seed: int, corpus: Texts, tokenizer: Any, prompt_weight: float) ->
         if len(row[0]) + len(ids) > ROW + 1:
             rows.append(row)
             row, document = ([], [], []), 0
-        for target, values in zip(row, (ids, weights, [document] * len(ids)), strict=True):
-            target.extend(values)  # type: ignore[arg-type]
+        row[0].extend(ids)
+        row[1].extend(weights)
+        row[2].extend([document] * len(ids))
         document += 1
         if len(rows) == _CHUNK:
             yield Rows(*(_pad(column, kind) for column, kind in zip(zip(*rows, strict=True), _KINDS, strict=True)))

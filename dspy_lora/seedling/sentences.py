@@ -2,13 +2,18 @@
 
 import lzma
 import re
+from collections import defaultdict
+from functools import cached_property
 from pathlib import Path
 from random import Random
 
-from dspy_lora.seedling.words import DAYS, Split, names, word
+from dspy_lora.seedling.task import pick
+from dspy_lora.seedling.words import DAYS, Split, common_words, is_held_out, names, word
 
 _END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'])")
 _SHORTEST, _LONGEST = 30, 400  # characters of a usable sentence
+_WORD = re.compile(r"[a-z]+")
+_INDEXED, _PLACES = 200_000, 60  # sentences that are indexed by their words, and how many are kept for a word
 
 _FRAMES = (
     "{first} asked about the {a} before {day}.",
@@ -31,20 +36,40 @@ _FRAMES = (
     "{first} thinks that a {a} is better than a {b}.",
     "Our {a} costs {n} this month, which surprised {first}.",
     "The letter from {city} mentions a {a}.",
+    "There is a problem with the {a}.",
+    "What happened to the {a} in {city}?",
+    "She asked for {a} and got {b} instead.",
+    "He wrote a note on {a} for {first}.",
+    "All of it depends on the {a}.",
+    "We talked about {a}, then about {b}.",
+    "Is there any news on the {a}?",
+    "Nobody expected the {a} on {day}.",
+    "I was told that {a} comes first.",
+    "Please look at the {a} today, {first}.",
+    "{first} could not say how the {a} works.",
+    "The report covers {a} in detail.",
+    "How do I change the {a}?",
+    "It came with a {a} that {first} never used.",
+    "Why is the {a} still missing after {n} days?",
+    "Every {a} needs a {b}, as {first} {last} knows.",
+    "My question is about {a}.",
+    "They said the {a} would take {n} days.",
+    "In {city} the {a} is free on {day}.",
+    "The {a} arrived broken.",
 )
 
 
-def generated(rng: Random, split: Split) -> str:
-    """A sentence about common words, names and places."""
+def generated(rng: Random, split: Split, about: str = "") -> str:
+    """A sentence about common words, names and places, or about a given word."""
     first, first2 = rng.sample(names("first", split), 2) if len(names("first", split)) > 1 else ("Ada", "Ben")
-    return rng.choice(_FRAMES).format(
+    return pick(rng, _FRAMES, split).format(
         first=first,
         first2=first2,
         last=rng.choice(names("last", split)),
         city=rng.choice(names("city", split)),
         day=rng.choice(DAYS),
         n=rng.randint(2, 999),
-        a=word(rng, split, 0.1),
+        a=about or word(rng, split, 0.1),
         b=word(rng, split, 0.1),
     )
 
@@ -81,8 +106,38 @@ class Texts:
         return rng.choice(self.sentences)
 
     def text(self, rng: Random, split: Split) -> str:
-        """One to four sentences."""
-        return " ".join(self.sentence(rng, split) for _ in range(rng.choice((1, 1, 1, 2, 2, 3, 4))))
+        """One to eight sentences, mostly few; now and then a passage."""
+        if self.passages and rng.random() < 0.08:
+            return rng.choice(self.passages)[1]
+        return " ".join(self.sentence(rng, split) for _ in range(rng.choice((1, 1, 1, 1, 2, 2, 2, 3, 4, 8))))
+
+    def natural(self, split: Split) -> tuple[str, ...]:
+        """Common words that some sentences hold."""
+        return self._natural[split]
+
+    def holding(self, rng: Random, phrase: str) -> str | None:
+        """A sentence that holds a word by nature; None where none is known."""
+        places = self._by_word.get(phrase)
+        return self.sentences[rng.choice(places)] if places else None
+
+    @cached_property
+    def _by_word(self) -> dict[str, list[int]]:
+        """Places of sentences by common word, a few a word, from an even sample."""
+        common = {*common_words("train"), *common_words("heldout")}
+        index: dict[str, list[int]] = defaultdict(list)
+        for place in range(0, len(self.sentences), max(1, len(self.sentences) // _INDEXED)):
+            for found in set(_WORD.findall(self.sentences[place].lower())) & common:
+                if len(index[found]) < _PLACES:
+                    index[found].append(place)
+        return dict(index)
+
+    @cached_property
+    def _natural(self) -> dict[Split, tuple[str, ...]]:
+        usual = [w for w, places in self._by_word.items() if len(places) >= 5 and len(w) > 3]
+        return {
+            "train": tuple(w for w in usual if not is_held_out(w)),
+            "heldout": tuple(w for w in usual if is_held_out(w)),
+        }
 
     def neighbours(self, rng: Random, split: Split, count: int) -> list[str]:
         """``count`` sentences that follow each other (generated ones do not)."""

@@ -14,25 +14,7 @@ _CHATS = 20_000  # rendered chats that the merges are counted on, beside the tex
 _DIGITS = r"\p{N}"
 
 # Hermes form: tools are listed in the system message, calls stand in <tool_call> tags.
-CHAT_TEMPLATE = """\
-{%- if tools %}
-{{- '<|im_start|>system\\n' }}
-{%- if messages[0].role == 'system' %}{{- messages[0].content + '\\n\\n' }}{%- endif %}
-{{- '# Tools\\n\\nYou may call one of these functions:\\n<tools>' }}
-{%- for tool in tools %}{{- '\\n' + (tool | tojson) }}{%- endfor %}
-{{- '\\n</tools>\\n\\nTo call one, answer with\\n<tool_call>\\n{"name": ..., "arguments": ...}\\n</tool_call><|im_end|>\\n' }}
-{%- endif %}
-{%- for message in messages %}
-{%- if not (tools and loop.first and message.role == 'system') %}
-{{- '<|im_start|>' + message.role + '\\n' + (message.content or '') }}
-{%- for call in message.tool_calls or [] %}
-{{- '<tool_call>\\n' + ({'name': call.function.name, 'arguments': call.function.arguments} | tojson) + '\\n</tool_call>' }}
-{%- endfor %}
-{{- '<|im_end|>\\n' }}
-{%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
-"""
+CHAT_TEMPLATE = Path(__file__).parent / "base" / "chat_template.jinja"
 
 
 def train_tokenizer(texts: list[str], corpus: Texts, folder: Path) -> None:
@@ -64,7 +46,7 @@ def train_tokenizer(texts: list[str], corpus: Texts, folder: Path) -> None:
     tokenizer.train_from_iterator(sample + rendered, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END_OF_TEXT)
     fast.model_max_length = 2048
-    fast.chat_template = CHAT_TEMPLATE
+    fast.chat_template = CHAT_TEMPLATE.read_text(encoding="utf-8")
     fast.save_pretrained(folder)
 
 

@@ -26,9 +26,10 @@ LAST_NAMES = (
     "Larsen Moreno Nguyen Olsen Peters Reyes Silva Turner Ueda Vogel Wright Yilmaz Ziegler Brown Carter Diaz Ellis"
 ).split()
 CITIES = (
-    "London Paris Oslo Madrid Rome Berlin Vienna Dublin Lisbon Prague Athens Cairo Lagos Nairobi Tokyo Osaka Seoul Delhi "
-    "Mumbai Sydney Perth Toronto Boston Chicago Denver Dallas Lima Bogota Quito Havana Warsaw Helsinki Zurich Milan "
-    "Geneva Munich Hamburg Porto Seville Kyoto Hanoi Manila Jakarta Accra Tunis Doha Dubai Riga Tallinn Vilnius"
+    "London Paris Oslo Madrid Rome Berlin Vienna Dublin Lisbon Prague Athens Cairo Lagos Nairobi Tokyo Osaka "
+    "Seoul Delhi Mumbai Sydney Perth Toronto Boston Chicago Denver Dallas Lima Bogota Quito Havana Warsaw "
+    "Helsinki Zurich Milan Geneva Munich Hamburg Porto Seville Kyoto Hanoi Manila Jakarta Accra Tunis Doha "
+    "Dubai Riga Tallinn Vilnius"
 ).split()
 MONTHS = "January February March April May June July August September October November December".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
