@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 # Command: its module, and what it does.
 _ROOMS = {
+    "bench": ("dspy_lora.bench.command", "measure speed and memory against plain vLLM and DSPy over HTTP"),
     "demo": ("dspy_lora.demo", "answer questions of twelve domains in one batch, on the bundled model"),
     "train": ("dspy_lora.training.command", "train an adapter for one domain or several"),
 }

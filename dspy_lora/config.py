@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 PACKAGED = Path(__file__).with_name("lora_config.yaml")
 FILE_NAME = "lora_config.yaml"
 ENV_PREFIX = "DSPY_LORA_"
+API_KEY_VARIABLE = f"{ENV_PREFIX}API_KEY"  # of LoRALM(api_base=...): a secret, so no setting of a file
 
 # The ranks that vLLM preallocates slots for (vllm/config/lora.py, MaxLoRARanks).
 Rank = Literal[1, 8, 16, 32, 64, 128, 256, 320, 512]
@@ -242,7 +243,7 @@ def _environment(variables: Mapping[str, str]) -> Layer:
     """Reads ``DSPY_LORA_<KEY>`` and ``DSPY_LORA_<SECTION>__<KEY>``; an empty variable counts as not set."""
     layer = Layer({}, {})
     for name in sorted(variables):
-        if not name.startswith(ENV_PREFIX) or not variables[name]:
+        if not name.startswith(ENV_PREFIX) or name == API_KEY_VARIABLE or not variables[name]:
             continue
         key = tuple(name.removeprefix(ENV_PREFIX).lower().split("__"))
         value = _env_value(name, variables[name], key)

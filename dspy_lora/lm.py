@@ -3,26 +3,31 @@
 import dataclasses
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dspy
+from dspy import lm15
 from dspy.clients.base_lm import LM_CLASS_STATE_KEY, BaseLM
 
 from dspy_lora.adapters.base import Base, resolve_base
 from dspy_lora.adapters.registry import AdapterRegistry, Revision
-from dspy_lora.config import load_config
+from dspy_lora.config import ServingConfig, load_config
 from dspy_lora.engine.local import AsyncLocalEngine, LocalEngine, async_local_engine, local_engine
 from dspy_lora.engine.protocol import Adapter
 from dspy_lora.engine.samples import sampling
 from dspy_lora.engine.settings import engine_settings
 from dspy_lora.engine.translate import VLLM_KNOBS
-from dspy_lora.errors import ChangedAdapterError, ConfigError, UnknownAdapterError
+from dspy_lora.errors import AdapterError, ChangedAdapterError, ConfigError
 
 if TYPE_CHECKING:
     from dspy_lora.engine.remote import AsyncRemoteEngine, RemoteEngine
 
-_MODEL = re.compile(r"lora/(?P<base>.+)@(?P<revision>[0-9a-f]{12}|main)(?:/(?P<adapter>[a-z0-9_-]+@[0-9a-f]{12}))?")
+_MODEL = re.compile(r"lora/(?P<base>.+?)@(?P<revision>[0-9a-f]{12}|main)(?:/(?P<adapter>[a-z0-9_-]+@[0-9a-f]{12}))?")
+_PLAIN_LM = "dspy.clients.lm.LM"
+_ADDRESSES = ("server", "api_base", "base_url", "model_list")
+_SAFE_ENGINE_KEYS = ServingConfig.model_fields.keys() - {"trust_remote_code"}
 _REBIND = ("domain", "model", "registry", "engine", "api_base", "api_key")  # what a copy may change beside sampling
 
 
@@ -35,6 +40,9 @@ class _Binding:
     engine: dict[str, Any]
     api_base: str | None
     api_key: str | None = dataclasses.field(default=None, repr=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Binding, (self.base, self.registry, self.engine, self.api_base)  # no key in a pickle
 
 
 class LoRALM(dspy.LM):
@@ -79,11 +87,17 @@ class LoRALM(dspy.LM):
         max_tokens: int | None = 1024,
         **kwargs: Any,
     ) -> None:
-        if match := _MODEL.fullmatch(model or ""):
-            model, domain = match["base"], domain or match["adapter"]
+        named = _MODEL.fullmatch(model or "")
+        if named:
+            model, domain = named["base"], domain or named["adapter"]
         self._binding = _Binding(model, None if registry is None else str(registry), engine or {}, api_base, api_key)
         config = load_config()
         self._base = resolve_base(model or config.base_model)
+        if named and named["revision"] != self._base.revision:
+            raise ConfigError(
+                f"{named.string!r} names another revision of base {self._base.name!r}: here it is at "
+                f"{self._base.revision}. Give the base's name alone to take this one."
+            )
         self._registry = AdapterRegistry(registry if registry is not None else config.registry)
         self._adapter = self._resolve(domain)
         pair = self._engine_pair(config)
@@ -119,7 +133,7 @@ class LoRALM(dspy.LM):
             return None
         revision = self._registry.resolve(domain)
         if revision.base != self._base.revision:
-            raise ConfigError(
+            raise AdapterError(
                 f"adapter {revision.ref!r} was made for base {revision.base_name!r} ({revision.base}), not for "
                 f"{self._base.name!r} ({self._base.revision}). Give its own base, or train it on this one."
             )
@@ -151,13 +165,13 @@ class LoRALM(dspy.LM):
     def __call__(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
         """Answers a prompt as ``dspy.LM`` does; ``n`` samples are one engine request."""
         kwargs = _with_knobs(kwargs, self.kwargs)
-        with sampling(_samples(kwargs, self.kwargs)):
+        with sampling(_samples(prompt, kwargs, self.kwargs)):
             return super().__call__(prompt, messages=messages, **kwargs)
 
     async def acall(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
         """Async equivalent of ``__call__``."""
         kwargs = _with_knobs(kwargs, self.kwargs)
-        with sampling(_samples(kwargs, self.kwargs)):
+        with sampling(_samples(prompt, kwargs, self.kwargs)):
             return await super().acall(prompt, messages=messages, **kwargs)
 
     # -- the engine ------------------------------------------------------------------------------------------------
@@ -246,7 +260,7 @@ class LoRALM(dspy.LM):
             raise ConfigError(f"{saved!r} is no model string of a LoRALM (lora/<base>@<revision>/<adapter>@<revision>)")
         try:
             lm = cls(base, domain=match["adapter"], api_base=state.pop("server", None), **state)
-        except UnknownAdapterError as exc:
+        except AdapterError as exc:
             raise ChangedAdapterError(f"the program was saved with adapter {match['adapter']!r}: {exc}") from exc
         lm._check_unchanged(saved)
         return lm
@@ -264,8 +278,9 @@ class LoRALM(dspy.LM):
 def load(program: dspy.Module, path: str | Path) -> dspy.Module:
     """Loads a program saved with ``program.save(path)`` whose predictors use LoRALMs.
 
-    DSPy refuses custom LM classes in a file unless the caller trusts the whole file; this trusts LoRALM and
-    ``dspy.LM`` and nothing else.
+    DSPy refuses custom LM classes in a file unless the caller trusts the whole file. This trusts LoRALM and ``dspy.LM``
+    with the settings that run no code and send nothing anywhere: no other class, no server's address (the caller's key
+    would go there), no engine setting outside ``serving`` in ``lora_config.yaml``.
 
     Args:
         program: A program of the same structure.
@@ -275,31 +290,49 @@ def load(program: dspy.Module, path: str | Path) -> dspy.Module:
         ``program`` with its state loaded.
 
     Raises:
-        ConfigError: The file asks for another class.
+        ConfigError: The file asks for more than that, or is no such file.
         ChangedAdapterError: A base or adapter revision is gone or has changed.
     """
-    own = f"{LoRALM.__module__}.{LoRALM.__qualname__}"
-    for name in _lm_classes(json.loads(Path(path).read_text())):
-        if name not in (own, "dspy.clients.lm.LM"):
+    try:
+        state = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as exc:
+        raise ConfigError(
+            f"{str(path)!r} is no program saved as JSON: {exc}. Save it with program.save('x.json')."
+        ) from exc
+    for lm in _lm_states(state):
+        if wish := _unsafe(lm):
             raise ConfigError(
-                f"{str(path)!r} asks for class {name!r}. "
-                "If you trust it: program.load(path, allow_unsafe_lm_state=True)"
+                f"{str(path)!r} asks for {wish}. If you trust it: program.load(path, allow_unsafe_lm_state=True)"
             )
     program.load(str(path), allow_unsafe_lm_state=True)
     return program
 
 
-def _lm_classes(state: Any) -> set[str]:
-    """Every class a saved program would import: LM classes and engine classes."""
-    found: set[str] = set()
+def _lm_states(state: Any) -> Iterator[dict[str, Any]]:
+    """Every state in a saved program that would become an LM."""
+    children = state.values() if isinstance(state, dict) else state if isinstance(state, list) else ()
     if isinstance(state, dict):
         if LM_CLASS_STATE_KEY in state:
-            found.add(str(state[LM_CLASS_STATE_KEY]))
-        for key in ("engine", "async_engine"):
-            if isinstance(state.get(key), dict) and "class" in state[key]:
-                found.add(str(state[key]["class"]))
-    children = state.values() if isinstance(state, dict) else state if isinstance(state, list) else ()
-    return found.union(*map(_lm_classes, children))
+            yield state
+        elif isinstance(state.get("lm"), dict) and LM_CLASS_STATE_KEY not in state["lm"]:
+            yield state["lm"]  # DSPy makes a dspy.LM of a state that names no class
+    for child in children:
+        yield from _lm_states(child)
+
+
+def _unsafe(state: dict[str, Any]) -> str | None:
+    """What an LM's state asks for that ``load`` does not trust; None for nothing."""
+    name = state.get(LM_CLASS_STATE_KEY, _PLAIN_LM)
+    if name not in (f"{LoRALM.__module__}.{LoRALM.__qualname__}", _PLAIN_LM):
+        return f"class {name!r}"
+    for key in _ADDRESSES:
+        if state.get(key):
+            return f"the server {key}={state[key]!r}"
+    engine = state.get("engine") or {}
+    if name == _PLAIN_LM and not isinstance(engine, str):
+        return f"engine {engine!r}" if engine else None
+    unknown = sorted(set(engine) - _SAFE_ENGINE_KEYS)
+    return f"engine setting {unknown[0]!r}" if unknown else None
 
 
 def _with_knobs(kwargs: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -308,11 +341,14 @@ def _with_knobs(kwargs: dict[str, Any], defaults: dict[str, Any]) -> dict[str, A
     if kwargs.get("top_k") in (0, -1):  # vLLM's words for "all tokens"; DSPy's is absence
         kwargs["top_k"] = None
     knobs = {key: kwargs.pop(key) for key in list(kwargs) if key in VLLM_KNOBS}
-    if knobs:
+    if knobs or kwargs.get("metadata"):
         metadata = (defaults.get("metadata") or {}) | (kwargs.get("metadata") or {}) | knobs
         kwargs["metadata"] = {key: value for key, value in metadata.items() if value is not None}
     return kwargs
 
 
-def _samples(kwargs: dict[str, Any], defaults: dict[str, Any]) -> int:
-    return kwargs.get("n") or defaults.get("n") or 1
+def _samples(prompt: Any, kwargs: dict[str, Any], defaults: dict[str, Any]) -> int:
+    """How many answers DSPy will ask the engine for; a typed request has one."""
+    if isinstance(prompt, lm15.Request) or "request" in kwargs:
+        return 1
+    return kwargs.get("n", defaults.get("n")) or 1

@@ -90,7 +90,7 @@ def main() -> None:
     folders = {name: args.data_root / str(config.domain(name).data) for name in args.domain or config.domains}
     tests = {name: read(folder / "test.jsonl") for name, folder in folders.items()}
     tests = {name: Rows(rows.texts[: args.rows], rows.labels[: args.rows]) for name, rows in tests.items()}
-    base = LoRALM("seedling", max_tokens=100)
+    base = LoRALM("seedling", max_tokens=60)
     asked = []
     for name, test in tests.items():
         for lm in (base.copy(domain=name), base):

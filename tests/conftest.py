@@ -1,6 +1,7 @@
 """What every test stands on: no hub, no caches of the user's, no settings of the user's."""
 
 import atexit
+import json
 import os
 import shutil
 import tempfile
@@ -58,3 +59,52 @@ def data_root(pytestconfig: pytest.Config) -> Path:
     if not root.is_dir():
         pytest.skip(f"data: no folder {root} (pytest --data FOLDER)")
     return root
+
+
+@pytest.fixture(scope="session")
+def make_lm():
+    """Makes LoRALMs of the seedling that share one engine, in float32: an answer does not depend on the batch."""
+    from dspy_lora import LoRALM
+
+    engine = {"dtype": "float32", "tool_parser": "hermes"}
+
+    def make(domain=None, **kwargs):
+        return LoRALM("seedling", domain=domain, engine=engine, **{"max_tokens": 16, "cache": False} | kwargs)
+
+    yield make
+    make().kill()
+
+
+@pytest.fixture(scope="session")
+def thinking_base(tmp_path_factory):
+    """The seedling as a model that thinks: its tokenizer has <think> and </think>, its template opens the first."""
+    from dspy_lora.adapters.base import SEEDLING_FOLDER
+
+    folder = tmp_path_factory.mktemp("base") / "thinker"
+    shutil.copytree(SEEDLING_FOLDER, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary, merges = tokenizer["model"]["vocab"], tokenizer["model"]["merges"]
+    for content, token in (("</think>", max(vocabulary, key=vocabulary.get)), ("<think>", list(vocabulary)[-2])):
+        id = vocabulary.pop(token)
+        merges.remove(next(merge for merge in merges if "".join(merge) == token))
+        vocabulary[content] = id
+        tokenizer["added_tokens"].append(
+            tokenizer["added_tokens"][0] | {"id": id, "content": content, "special": False}
+        )
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text() + "{%- if add_generation_prompt %}{{- '<think>\\n' }}{%- endif %}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_thinker(thinking_base):
+    """Makes LoRALMs of the model that thinks, on one engine."""
+    from dspy_lora import LoRALM
+
+    def make(**kwargs):
+        engine = {"reasoning_parser": "deepseek_r1"}
+        return LoRALM(str(thinking_base), engine=engine, **{"max_tokens": 64, "cache": False} | kwargs)
+
+    yield make
+    make().kill()

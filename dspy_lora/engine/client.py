@@ -1,16 +1,17 @@
 """The user's side of the engine: one child process per (base model, settings), shared by every LM of this process.
 
 Any thread may submit. A request is kept until its answer is there, so that a host that dies can be started again and
-get what it had not answered. One reader thread takes all replies.
+get what it had not answered. One thread has each host from its start to its end: it takes all replies, and it alone
+starts and ends the process, so that Ctrl-C in another thread finds nothing half-done.
 """
 
 import atexit
+import concurrent.futures.thread  # noqa: F401 - its exit function must be registered before ours
 import contextlib
 import itertools
 import logging
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,8 @@ from typing import Any
 import msgspec
 import zmq
 
+from dspy_lora.engine.failures import advice, ending, last_lines, root_cause
+from dspy_lora.engine.processes import kill_group
 from dspy_lora.engine.progress import Progress
 from dspy_lora.engine.protocol import (
     Abort,
@@ -39,13 +42,14 @@ from dspy_lora.engine.protocol import (
     StartFailed,
 )
 from dspy_lora.engine.settings import EngineSettings
-from dspy_lora.errors import EngineDiedError, EngineError, EngineStartError, MissingDependencyError
+from dspy_lora.errors import AdapterError, EngineDiedError, EngineError, EngineStartError, MissingDependencyError
 
 logger = logging.getLogger(__name__)
 
-_POLL_MS = 100  # how often the reader looks whether the host is alive and the start is not hung
-_STOP_WAIT_S = 5.0
-_LOG_LINES = 20
+_POLL_MS = 100  # how often the thread looks whether the host is alive, wanted, and not hung in its start
+_CLOSE_WAIT_S = 10.0
+_SENDS = 2  # a request under which the engine died is sent once more, no more: it may be what kills it
+_LONGEST_TEMP = 48  # a socket's path has at most 107 bytes (Linux; 103 on macOS), vLLM's take 57 of them
 
 
 @dataclass
@@ -57,12 +61,14 @@ class Pending:
         future: Gets ``Done``, ``Failed`` or ``Result``; or an ``EngineError``.
         on_delta: Gets a streamed request's deltas in the reader thread, then None; None where nothing streams.
         begun: A delta was delivered, so the request cannot start over.
+        sends: How many hosts it was sent to.
     """
 
     request: Generate | Command
     future: Future[Any] = field(default_factory=Future)
     on_delta: "Callable[[Delta | None], object] | None" = None
     begun: bool = False
+    sends: int = 0
 
     def finish(self, reply: Reply | None, error: EngineError | None = None) -> None:
         """Delivers the final answer."""
@@ -91,9 +97,7 @@ class EngineClient:
         self._ids = itertools.count(1)
         self._pending: dict[int, Pending] = {}
         self._lock = threading.RLock()
-        self._host: _HostProcess | None = None
-        self._answered = 0
-        self._answered_at_restart = -1
+        self._host: _HostProcess | None = None  # a host that is not this one any more ends itself
 
     # -- what an engine object calls ------------------------------------------------------------------------------
 
@@ -109,48 +113,48 @@ class EngineClient:
 
         Raises:
             MissingDependencyError: vLLM is not installed.
+            EngineError: The program is ending after Ctrl-C.
         """
         request.id = next(self._ids)
         pending = Pending(request, on_delta=on_delta)
         with self._lock:
             if self._host is None:
+                if _interrupted.is_set():
+                    raise EngineError("the program is ending after Ctrl-C; this call was given up")
+                _require_vllm()
                 self._start_host()
             self._pending[request.id] = pending
             if self._host is not None and self._host.ready:
-                self._host.send(request)
+                self._send(self._host, pending)
         return pending
 
     def result(self, pending: Pending) -> Any:
-        """Waits for the final answer, and gives up when the interpreter is shutting down.
+        """Waits for the final answer; whoever stops waiting (Ctrl-C) takes the request back.
 
         Raises:
-            EngineError: The engine did not start or died.
+            EngineError: The engine did not start, died or was closed.
         """
-        while True:
-            try:
-                return pending.future.result(timeout=1.0)
-            except TimeoutError:
-                if not threading.main_thread().is_alive():
-                    raise EngineError("the program is ending; this call was given up") from None
-            except BaseException:
-                self.abort(pending)
-                raise
+        try:
+            return pending.future.result()
+        finally:
+            self.abort(pending)
 
     def abort(self, pending: Pending) -> None:
-        """Tells the engine to forget a request that nobody waits for any more."""
+        """Tells the engine to forget a request that nobody waits for any more; nothing where it is answered."""
         with self._lock:
-            if self._pending.pop(pending.request.id, None) and self._host and self._host.ready:
+            if self._pending.pop(pending.request.id, None) and self._host is not None and self._host.ready:
                 self._host.send(Abort(pending.request.id))
 
     def command(self, name: str, adapter: Adapter | None = None) -> dict[str, Any]:
         """Runs ``load``, ``unload``, ``stats``, ``sleep`` or ``wake`` and returns its figures.
 
         Raises:
-            EngineError: The engine refused.
+            AdapterError: The adapter cannot be loaded.
+            EngineError: The engine refused, did not start or died.
         """
         reply = self.result(self.submit(Command(0, name, adapter)))
         if isinstance(reply, Failed):
-            raise EngineError(reply.message)
+            raise (AdapterError if reply.kind == "adapter" else EngineError)(reply.message)
         return dict(reply.value)
 
     @property
@@ -167,32 +171,49 @@ class EngineClient:
         """Ends the engine process; the next request starts a new one. Open requests fail."""
         with self._lock:
             host, self._host = self._host, None
-            reader = self._reader
-        if host:
-            _kill_group(host.process)
-            reader.join(_STOP_WAIT_S)  # it frees the sockets, which no other thread may touch
-        self._fail_all(EngineError("the engine was closed while this call was open"))
+            open_calls = self._take_pending()
+        _fail(open_calls, EngineError("the engine was closed while this call was open"))
+        if host is not None:
+            host.ended.wait(_CLOSE_WAIT_S)
 
     # -- the host's life -------------------------------------------------------------------------------------------
 
     def _start_host(self) -> None:
-        _require_vllm()
-        self._host = _HostProcess(self.settings)
-        self._reader = threading.Thread(target=self._read, args=(self._host,), name="dspy-lora-engine", daemon=True)
-        self._reader.start()
+        host = _HostProcess(self.settings)
+        thread = threading.Thread(target=self._run, args=(host,), name="dspy-lora-engine", daemon=True)
+        try:
+            self._host = host
+            thread.start()
+        except BaseException:  # Ctrl-C: a thread that began all the same ends its host, which nobody knows
+            self._host = None
+            raise
 
-    def _read(self, host: "_HostProcess") -> None:
-        """The reader thread of one host: until that host ends."""
-        while True:
+    def _run(self, host: "_HostProcess") -> None:
+        """One host from its start to its end, in a thread of its own."""
+        error: EngineError | None = None
+        try:
+            host.start()
+            error = self._serve(host)
+        except Exception as exc:  # noqa: BLE001 - whatever it is, nobody may be left waiting
+            error = EngineStartError(f"The vLLM engine could not be run: {type(exc).__name__}: {exc}")
+            error.__cause__ = exc
+        finally:
+            try:
+                host.stop()
+            finally:
+                self._host_ended(host, error)
+
+    def _serve(self, host: "_HostProcess") -> EngineError | None:
+        """Hands out a host's replies until it ends; returns why it did, None where it is not wanted any more."""
+        while self._host is host:
             reply = host.receive(_POLL_MS)
             if reply is not None:
                 self._dispatch(host, reply)
             elif host.failure:
-                self._host_ended(host, EngineStartError(host.failure))
-                return
+                return EngineStartError(host.failure)
             elif (status := host.process.poll()) is not None:
-                self._host_ended(host, None if host.ready else EngineStartError(host.start_report(status)))
-                return
+                return host.died(status)
+        return None
 
     def _dispatch(self, host: "_HostProcess", reply: Reply) -> None:
         if isinstance(reply, Ready):
@@ -200,97 +221,136 @@ class EngineClient:
         elif isinstance(reply, StartFailed):
             host.failure = host.start_report(reply.message)
         elif isinstance(reply, Delta):
-            pending = self._pending.get(reply.id)
-            if pending is not None:
+            if (pending := self._pending.get(reply.id)) is not None:
                 pending.begun = True
                 pending.show(reply)
-        else:
-            self._answered += 1
-            if pending := self._pending.pop(reply.id, None):
-                pending.finish(reply)
+        elif (pending := self._pending.pop(reply.id, None)) is not None:
+            pending.finish(reply)
 
     def _ready(self, host: "_HostProcess", reply: Ready) -> None:
         with self._lock:
             self.info = reply.info
             host.started(reply.info)
             for pending in self._pending.values():
-                host.send(pending.request)
+                self._send(host, pending)
 
-    def _host_ended(self, host: "_HostProcess", error: EngineStartError | None) -> None:
-        """Restarts a host that died with requests open, once; a second death without an answer between fails them."""
-        report = host.death_report()
-        host.stop()
+    def _host_ended(self, host: "_HostProcess", error: EngineError | None) -> None:
+        """Starts a host that died under open calls again; calls under which it died twice get the error."""
+        cut: list[Pending] = []
         with self._lock:
             if self._host is not host:
                 return  # closed on purpose
             self._host = None
-            for id, pending in list(self._pending.items()):
-                if pending.begun:
-                    del self._pending[id]
-                    pending.finish(None, EngineDiedError("the engine died while this answer was streaming; call again"))
-            died_again = self._answered == self._answered_at_restart
-            if error is None and self._pending and not died_again:
+            if isinstance(error, EngineDiedError):
+                cut = self._take_pending(lambda pending: pending.begun)
+                lost = self._take_pending(lambda pending: pending.sends >= _SENDS)
+                logger.warning("The engine process died; %s.", self._next_start())
+            else:
+                lost = self._take_pending()
+            if self._pending:
                 self.restarts += 1
-                self._answered_at_restart = self._answered
-                logger.warning("The engine process died; restarting it for %d open calls.", len(self._pending))
                 self._start_host()
-                return
-            self._answered_at_restart = -1
-        self._fail_all(error or EngineDiedError(report))
+        _fail(cut, EngineDiedError("the engine died while this answer was streaming; call again"))
+        _fail(lost, error)
 
-    def _fail_all(self, error: EngineError) -> None:
-        with self._lock:
-            pendings, self._pending = list(self._pending.values()), {}
-        for pending in pendings:
-            pending.finish(None, error)
+    def _next_start(self) -> str:
+        calls = len(self._pending)
+        return f"it is started again for {calls} open calls" if calls else "the next call starts it again"
+
+    def _send(self, host: "_HostProcess", pending: Pending) -> None:
+        pending.sends += 1
+        host.send(pending.request)
+
+    def _take_pending(self, which: Callable[[Pending], bool] = lambda pending: True) -> list[Pending]:
+        """Takes requests out, to be failed."""
+        taken = [pending for pending in list(self._pending.values()) if which(pending)]
+        for pending in taken:
+            self._pending.pop(pending.request.id, None)  # it may just have been answered
+        return taken
+
+
+def _fail(calls: list[Pending], error: EngineError | None) -> None:
+    for pending in calls:
+        pending.finish(None, error)
 
 
 class _HostProcess:
-    """One child process, its sockets and its log file."""
+    """One child process, its sockets and its log file. Nothing exists before ``start``."""
+
+    process: "subprocess.Popen[bytes]"
 
     def __init__(self, settings: EngineSettings) -> None:
         self.settings = settings
         self.ready = False
         self.failure: str | None = None
-        self.folder = Path(tempfile.mkdtemp(prefix="dspy-lora-"))
+        self.ended = threading.Event()
         self._deadline = time.monotonic() + settings.start_timeout_s
-        self._context = zmq.Context()
-        self._requests = self._bind(zmq.PUSH, "requests")
-        self._replies = self._bind(zmq.PULL, "replies")
         self._send_lock = threading.Lock()
         self._decoder = msgspec.msgpack.Decoder(Reply)
+        self._undo = contextlib.ExitStack()
+
+    def start(self) -> None:
+        """Starts the process; ``stop`` takes back whatever was done, also where this raises."""
+        self.folder = _temp_folder()
+        self._undo.callback(shutil.rmtree, self.folder, ignore_errors=True)
+        self._context = zmq.Context()
+        self._undo.callback(self._context.term)
+        self._requests = self._bind(zmq.PUSH, "requests")
+        self._replies = self._bind(zmq.PULL, "replies")
         self.log = self.folder / "engine.log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "dspy_lora.engine.host", str(self.folder), settings.to_json()],
+                [sys.executable, "-P", "-m", "dspy_lora.engine.host", str(self.folder), self.settings.to_json()],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C goes to the user's program, and one kill reaches vLLM's children
-                env=os.environ | {"PYTHONUNBUFFERED": "1"},
+                start_new_session=True,  # Ctrl-C goes to the user's program, and vLLM's children are in one group
+                env=_environment(self.folder),
             )
-        self._progress = Progress(settings.base.name)
+        self._undo.callback(self._end_process)
+        self._progress = Progress(self.settings.base.name)
+        self._undo.callback(self._progress.stop)
+
+    def stop(self) -> None:
+        """Ends the process with its children and frees sockets, files and shared memory."""
+        self.ready = False
+        try:
+            self._undo.close()
+        finally:
+            self.ended.set()
 
     def _bind(self, kind: int, name: str) -> "zmq.Socket[bytes]":
         socket = self._context.socket(kind)
+        self._undo.callback(self._close, socket)
         socket.set_hwm(0)
         socket.bind(f"ipc://{self.folder}/{name}")
         return socket
 
-    def send(self, request: Request) -> None:
-        """Sends from any thread; never blocks."""
+    def _close(self, socket: "zmq.Socket[bytes]") -> None:
         with self._send_lock:
+            socket.close(linger=0)
+
+    def _end_process(self) -> None:
+        kill_group(self.process.pid)
+        self.process.wait()
+        if self.process.stdin:
+            self.process.stdin.close()
+
+    def send(self, request: Request) -> None:
+        """Sends from any thread; never blocks. What a dead host does not take is sent again to the next one."""
+        with self._send_lock, contextlib.suppress(zmq.Again):
             if not self._requests.closed:
-                self._requests.send(msgspec.msgpack.encode(request))
+                self._requests.send(msgspec.msgpack.encode(request), zmq.NOBLOCK)
 
     def receive(self, timeout_ms: int) -> Reply | None:
-        """The next reply, or None after the timeout; notes a start-up that hangs. Only the reader thread calls it."""
+        """The next reply, or None after the timeout; notes a start-up that hangs. Only the host's thread calls it."""
         if self._replies.poll(timeout_ms):
             return self._decoder.decode(self._replies.recv())
         if not self.ready:
             self._progress.tick()
             if time.monotonic() > self._deadline and not self.failure:
-                self.failure = self.start_report(f"no answer after {self.settings.start_timeout_s:g} s")
+                limit = self.settings.start_timeout_s
+                self.failure = self.start_report(f"no answer after {limit:g} s (engine={{'start_timeout_s': ...}})")
         return None
 
     def started(self, info: dict[str, Any]) -> None:
@@ -298,63 +358,45 @@ class _HostProcess:
         self.ready = True
         self._progress.done(info)
 
-    def start_report(self, cause: str | int) -> str:
-        """Why the start failed, with the end of the engine's log."""
-        cause = f"the engine process ended with status {cause}" if isinstance(cause, int) else cause
+    def start_report(self, cause: str) -> str:
+        """Why the start failed, what to do, and the end of the engine's log."""
+        log = self._log_text()
+        cause = root_cause(cause, log)
         return (
-            f"The vLLM engine for {self.settings.base.name!r} did not start: {cause}{_advice(cause, self._tail())}\n"
-            f"Last lines of its log:\n{self._tail()}"
+            f"The vLLM engine for {self.settings.base.name!r} did not start: {cause}{advice(cause, log)}\n"
+            f"Last lines of its log:\n{last_lines(log)}"
         )
 
-    def death_report(self) -> str:
-        """Why a running engine ended, with the end of its log."""
-        return (
-            f"The vLLM engine for {self.settings.base.name!r} died twice without an answer between (status "
-            f"{self.process.poll()}). The next call starts a new one.\nLast lines of its log:\n{self._tail()}"
+    def died(self, status: int) -> EngineError:
+        """The error of a host that ended by itself."""
+        if not self.ready:
+            return EngineStartError(self.start_report(f"the engine process {ending(status)}"))
+        log = self._log_text()
+        return EngineDiedError(
+            f"The vLLM engine for {self.settings.base.name!r} died twice under this call (the process {ending(status)})"
+            f"{advice('', log)} The next call starts a new one.\nLast lines of its log:\n{last_lines(log)}"
         )
 
-    def _tail(self) -> str:
-        try:
-            lines = self.log.read_text(errors="replace").splitlines()
-        except OSError:
-            return "(no log)"
-        return "\n".join(lines[-_LOG_LINES:])
-
-    def stop(self) -> None:
-        """Ends the process group and frees sockets and files; may be called twice."""
-        self._progress.stop()
-        _kill_group(self.process)
-        with self._send_lock:
-            for socket in (self._requests, self._replies):
-                socket.close(linger=0)
-        self._context.term()
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def _log_text(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
 
 
-def _advice(cause: str, log: str) -> str:
-    """What to do about the start-up failures that users meet most."""
-    text = f"{cause}\n{log}".lower()
-    if "kv cache" in text and ("memory" in text or "larger than" in text or "not enough" in text):
-        return (
-            ". Give the KV cache more room (engine={'kv_cache_gib': ...} on a CPU, 'gpu_memory_utilization' on a GPU) "
-            "or lower 'max_model_len'."
-        )
-    if "out of memory" in text or "free memory on device" in text or "cannot allocate memory" in text:
-        return (
-            ". The machine has too little free memory: end what else uses it, or lower 'gpu_memory_utilization' or "
-            "'kv_cache_gib'."
-        )
-    if "address already in use" in text:
-        return ". A port it needs is in use: end the other process, or set VLLM_PORT to a free one."
-    return ""
+def _temp_folder() -> Path:
+    """A folder for sockets; in /tmp where the user's own place for such files is too deep for the path of a socket."""
+    deep = len(os.fsencode(tempfile.gettempdir())) > _LONGEST_TEMP
+    return Path(tempfile.mkdtemp(prefix="dspy-lora-", dir="/tmp" if deep else None))
 
 
-def _kill_group(process: "subprocess.Popen[bytes]") -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait(timeout=_STOP_WAIT_S)
-    if process.stdin:
-        process.stdin.close()
+def _environment(folder: Path) -> dict[str, str]:
+    """The host's environment.
+
+    Where byte code may not be written, vLLM's processes compile their 6,000 modules anew at every start; that is half
+    of the time of a start, so this wish is not passed on.
+    """
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    package = str(Path(__file__).parents[2])
+    path = [entry for entry in (os.environ.get("PYTHONPATH"), package) if entry]
+    return environment | {"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1", "TMPDIR": str(folder)}
 
 
 def _require_vllm() -> None:
@@ -370,6 +412,7 @@ def _require_vllm() -> None:
 
 _clients: dict[EngineSettings, EngineClient] = {}
 _clients_lock = threading.Lock()
+_interrupted = threading.Event()  # by Ctrl-C, and the program is ending
 _inherited: list[EngineClient] = []  # a parent's engines, kept in its fork so that nothing of them is finalised there
 
 
@@ -395,5 +438,17 @@ def _forget_engines_in_fork() -> None:
     _clients.clear()
 
 
+def _give_up_after_interrupt() -> None:
+    """Ends open calls in other threads when Ctrl-C has ended the program.
+
+    Python waits for the threads of thread pools (``dspy.Parallel``'s) before it calls atexit functions, and those
+    threads wait for answers. A program that ends by itself gets them.
+    """
+    if getattr(sys, "last_type", None) is KeyboardInterrupt:  # the uncaught exception; unset where there was none
+        _interrupted.set()
+        close_engines()
+
+
+threading._register_atexit(_give_up_after_interrupt)  # type: ignore[attr-defined]
 atexit.register(close_engines)
 os.register_at_fork(after_in_child=_forget_engines_in_fork)

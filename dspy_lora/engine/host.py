@@ -6,12 +6,11 @@ processes with it.
 """
 
 import asyncio
-import contextlib
 import dataclasses
 import functools
 import json
 import os
-import signal
+import shutil
 import sys
 import threading
 import time
@@ -22,7 +21,9 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from dspy_lora.engine.parsers import Parsers
+from dspy_lora.adapters.peft_config import read_peft_config
+from dspy_lora.engine.parsers import Parsers, check_parsers
+from dspy_lora.engine.processes import kill_own_group
 from dspy_lora.engine.protocol import (
     Abort,
     Adapter,
@@ -47,8 +48,13 @@ if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput, RequestOutput
     from vllm.v1.engine.async_llm import AsyncLLM
 
+_GROUPED_LORA_VLLM = "0.32."  # the versions that cpu_lora.py was tested with
 ENGINE_DIED = 70  # exit status that tells the client vLLM's core is gone
 _PARENT_POLL_S = 2.0
+_ENGINE_POLL_S = 0.5
+# A weak model may write spaces and newlines for ever where a JSON schema lets it; indented JSON needs no longer run.
+_MAX_WHITESPACE = 16
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank may be
 
 
 class Host:
@@ -59,16 +65,26 @@ class Host:
         parsers: Reasoning and tool parsers of the model.
         replies: Socket to the client.
         stats: Collects scheduler statistics.
+        max_lora_rank: Largest rank of an adapter that the engine takes.
     """
 
-    def __init__(self, engine: "AsyncLLM", parsers: Parsers, replies: zmq.asyncio.Socket, stats: "Statistics") -> None:
+    def __init__(
+        self,
+        engine: "AsyncLLM",
+        parsers: Parsers,
+        replies: zmq.asyncio.Socket,
+        stats: "Statistics",
+        max_lora_rank: int,
+    ) -> None:
         self.engine = engine
         self.tokenizer = engine.get_tokenizer()
         self.max_model_len: int = engine.model_config.max_model_len
+        self.max_lora_rank = max_lora_rank
         self.parsers = parsers
         self.replies = replies
         self.stats = stats
         self.loras: dict[str, LoRARequest] = {}
+        self.lora_ids: dict[str, int] = {}
         self.loading: dict[str, asyncio.Task[LoRARequest]] = {}
         self.tasks: dict[int, asyncio.Task[None]] = {}
 
@@ -98,7 +114,7 @@ class Host:
         try:
             await work
         except EngineDeadError:
-            os._exit(ENGINE_DIED)
+            os._exit(ENGINE_DIED)  # the client sends what is open to the next host
         except ContextTooLong as exc:
             await self.send(Failed(id, "context", str(exc)))
         except AdapterError as exc:
@@ -150,6 +166,7 @@ class Host:
         room = self.max_model_len - prompt_tokens
         sampling["max_tokens"] = min(sampling.get("max_tokens") or room, room)
         if structured := sampling.pop("structured_outputs", None):
+            structured = _bounded(structured, self.engine.vllm_config.structured_outputs_config)
             sampling["structured_outputs"] = StructuredOutputsParams(**structured)
         sampling["output_kind"] = RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY
         return SamplingParams(**sampling | self.parsers.sampling(request))
@@ -163,8 +180,8 @@ class Host:
             text, ids = text + piece.text, ids + list(piece.token_ids)
             logprobs += piece.logprobs or []
             delta = splitter.feed(piece.text, piece.token_ids)
-            if delta.text or delta.thinking:
-                tokens = [_token(entry, id) for entry, id in zip(piece.logprobs or [], piece.token_ids, strict=False)]
+            tokens = _tokens(request, piece) or []
+            if delta.text or delta.thinking or tokens:
                 await self.send(Delta(request.id, delta.text, delta.thinking, tokens))
         piece.text, piece.token_ids, piece.logprobs = text, ids, logprobs or None
         return output
@@ -172,9 +189,6 @@ class Host:
     def candidate(self, request: Generate, output: "CompletionOutput") -> Candidate:
         """A finished sample as the client gets it."""
         parsed = self.parsers.parse(request, output.text, output.token_ids)
-        logprobs = None
-        if output.logprobs is not None:
-            logprobs = [_token(entry, id) for entry, id in zip(output.logprobs, output.token_ids, strict=False)]
         return Candidate(
             text=parsed.text,
             thinking=parsed.thinking,
@@ -182,7 +196,7 @@ class Host:
             tool_calls=parsed.tool_calls,
             finish_reason="tool_calls" if parsed.tool_calls else output.finish_reason or "stop",
             output_tokens=len(output.token_ids),
-            logprobs=logprobs,
+            logprobs=_tokens(request, output),
         )
 
     async def lora(self, adapter: Adapter) -> "LoRARequest":
@@ -197,30 +211,52 @@ class Host:
         if adapter.name in self.loras:
             return self.loras[adapter.name]
         if adapter.name not in self.loading:
-            self.loading[adapter.name] = asyncio.create_task(self.load(adapter))
-        try:
-            return await asyncio.shield(self.loading[adapter.name])
-        finally:
-            if adapter.name in self.loading and self.loading[adapter.name].done():
-                del self.loading[adapter.name]
+            self.loading[adapter.name] = task = asyncio.create_task(self.load(adapter))
+            task.add_done_callback(lambda _: self.loading.pop(adapter.name))
+        return await asyncio.shield(self.loading[adapter.name])
 
     async def load(self, adapter: Adapter) -> "LoRARequest":
-        """Loads an adapter under an integer id that is never used again."""
-        from vllm.lora.request import LoRARequest
+        """Loads an adapter, under the same integer id whenever it is loaded.
 
-        lora = LoRARequest(adapter.name, self.stats.next_lora_id(), adapter.path)
+        vLLM takes requests of one name for one adapter, and finds its slot by the id: while calls still run under an
+        adapter that was unloaded, a second id for its name would end vLLM's core.
+        """
+        from vllm.lora.request import LoRARequest
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        await asyncio.to_thread(self.check_rank, adapter)
+        lora = LoRARequest(adapter.name, self.lora_ids.setdefault(adapter.name, len(self.lora_ids) + 1), adapter.path)
         try:
             await self.engine.add_lora(lora)
+        except EngineDeadError:
+            raise
         except Exception as exc:
             raise AdapterError(f"vLLM cannot load adapter {adapter.name!r} from {adapter.path!r}: {exc}") from exc
         self.loras[adapter.name] = lora
         return lora
 
+    def check_rank(self, adapter: Adapter) -> None:
+        """Refuses an adapter that needs more room than the engine was started with."""
+        config = read_peft_config(Path(adapter.path))
+        rank = max(config.r, *(config.rank_pattern or {}).values(), 0)
+        if rank > self.max_lora_rank:
+            enough = next((allowed for allowed in _RANKS if allowed >= rank), rank)
+            raise AdapterError(
+                f"adapter {adapter.name!r} has rank {rank}; this engine takes ranks up to {self.max_lora_rank}. Give "
+                f"LoRALM(engine={{'max_lora_rank': {enough}}}) or serving.max_lora_rank in lora_config.yaml."
+            )
+
+    async def watch(self) -> None:
+        """Ends this process when vLLM's core is gone: calls of ``add_lora`` and the like would wait for it forever."""
+        while not self.engine.errored:
+            await asyncio.sleep(_ENGINE_POLL_S)
+        os._exit(ENGINE_DIED)
+
     async def command(self, command: Command) -> None:
         """Answers ``load``, ``unload``, ``stats``, ``sleep`` and ``wake``."""
         value: dict[str, Any] = {}
         if command.name == "load" and command.adapter:
-            await self.lora(command.adapter)
+            await self.engine.add_lora(await self.lora(command.adapter))  # again, if it was swapped out
         elif command.name == "unload" and command.adapter:
             if lora := self.loras.pop(command.adapter.name, None):
                 await self.engine.remove_lora(lora.lora_int_id)
@@ -250,18 +286,12 @@ class Statistics:
         self.kv_cache_usage = 0.0
         self.cache_queries = self.cache_hits = 0
         self._window = (self.started, 0)
-        self._lora_id = 0
 
     def count(self, prompt_tokens: int, output_tokens: int) -> None:
         """Adds one finished request."""
         self.requests += 1
         self.prompt_tokens += prompt_tokens
         self.output_tokens += output_tokens
-
-    def next_lora_id(self) -> int:
-        """An integer id for a LoRA request, never reused."""
-        self._lora_id += 1
-        return self._lora_id
 
     def record(self, scheduler: Any) -> None:
         """Takes over vLLM's ``SchedulerStats``."""
@@ -290,16 +320,53 @@ class Statistics:
         }
 
 
-def _token(entry: dict[int, Any], id: int) -> Token:
-    """One position of vLLM's log-probabilities; the chosen token first, alternatives by rank."""
+def _bounded(structured: dict[str, Any], config: Any) -> dict[str, Any]:
+    """Bounds the whitespace of constrained JSON, where xgrammar enforces it."""
+    if config.backend not in ("auto", "xgrammar") or config.disable_any_whitespace:
+        return structured
+    schema = {"type": "object"} if structured.get("json_object") else structured.get("json")
+    if not isinstance(schema, dict) or not (grammar := _json_grammar(json.dumps(schema))):
+        return structured
+    return {key: value for key, value in structured.items() if key not in ("json", "json_object")} | {
+        "grammar": grammar
+    }
+
+
+@functools.lru_cache(maxsize=256)
+def _json_grammar(schema: str) -> str | None:
+    """A JSON schema as a grammar with bounded whitespace; None where xgrammar cannot enforce it, which vLLM handles."""
+    import xgrammar
+    from vllm.v1.structured_output.backend_xgrammar import has_xgrammar_unsupported_json_features
+
+    if has_xgrammar_unsupported_json_features(json.loads(schema)):
+        return None
+    try:
+        return str(xgrammar.Grammar.from_json_schema(schema, max_whitespace_cnt=_MAX_WHITESPACE))
+    except RuntimeError:
+        return None
+
+
+def _tokens(request: Generate, output: "CompletionOutput") -> list[Token] | None:
+    """The log-probabilities of a sample, or of a piece of it; None where none were asked for."""
+    if output.logprobs is None:
+        return None
+    count = request.sampling["logprobs"]
+    return [_token(entry, id, count) for entry, id in zip(output.logprobs, output.token_ids, strict=True)]
+
+
+def _token(entry: dict[int, Any], id: int, count: int) -> Token:
+    """One position of vLLM's log-probabilities: the chosen token, and the ``count`` likeliest by rank.
+
+    vLLM gives the chosen token along with the likeliest, whether it is one of them or not.
+    """
     chosen = entry[id]
-    ranked = sorted(entry.items(), key=lambda item: item[1].rank)
+    ranked = sorted(entry.items(), key=lambda item: item[1].rank)[:count]
     top = [(logprob.decoded_token or "", logprob.logprob, token) for token, logprob in ranked]
     return Token(chosen.decoded_token or "", chosen.logprob, id, top)
 
 
-def _watch_parent() -> None:
-    """Ends this process group when the user's process is gone.
+def _watch_parent(folder: str) -> None:
+    """Ends this process group, and removes the client's folder, when the user's process is gone.
 
     Standard input is a pipe whose other end only the user's process holds; a fork of that process may hold it too, so
     the parent's id is watched as well.
@@ -309,30 +376,79 @@ def _watch_parent() -> None:
     def until_end_of_input() -> None:
         while os.read(0, 1):
             pass
-        os.killpg(0, signal.SIGKILL)
+        end()
 
     def until_orphaned() -> None:
         while os.getppid() == parent:
             time.sleep(_PARENT_POLL_S)
-        os.killpg(0, signal.SIGKILL)
+        end()
+
+    def end() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        kill_own_group()
 
     for target in (until_end_of_input, until_orphaned):
         threading.Thread(target=target, daemon=True).start()
 
 
-def _cpu_defaults(kv_cache_gib: float) -> None:
-    """Settings of vLLM's CPU back end, unless the user set them.
+def _set_environment() -> None:
+    """Sets what vLLM and OpenMP read from the environment, unless the user did. To be called before vLLM is imported.
 
     ``VLLM_CPU_NUM_OF_RESERVED_CPU=0`` uses every core: it nearly doubled throughput on two cores.
+    ``OMP_WAIT_POLICY=PASSIVE`` lets threads that wait for each other sleep. They spin otherwise, and where anything
+    else wants a core, each waits for one that is not running: on two shared cores a step took 40 to 400 times as long.
     """
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(kv_cache_gib))))
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def _cpu_args(kv_cache_gib: float, version: str) -> dict[str, Any]:
+    """Arguments of the engine on a CPU, unless the user gives them.
+
+    Args:
+        kv_cache_gib: Size of the KV cache; vLLM's own environment variable comes before it.
+        version: vLLM's.
+    """
+    args: dict[str, Any] = {}
+    if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        args["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
+    if version.startswith(_GROUPED_LORA_VLLM):
+        args["worker_cls"] = "dspy_lora.engine.cpu_lora.GroupedCPUWorker"
+    else:
+        print(f"LoRA by vLLM {version}'s own path: dspy-lora's is for {_GROUPED_LORA_VLLM}*", file=sys.stderr)
+    return args
+
+
+def engine_args(settings: dict[str, Any]) -> dict[str, Any]:
+    """Arguments for ``vllm.AsyncEngineArgs``; the benchmark starts plain vLLM with the same.
+
+    Args:
+        settings: ``EngineSettings`` as a dictionary.
+
+    Returns:
+        The arguments.
+
+    Raises:
+        ConfigError: A setting that this vLLM does not know.
+    """
+    _set_environment()
+    import vllm
+    from vllm.platforms import current_platform
+
+    args = {"enable_lora": True, "max_loras": 12, "max_lora_rank": 16, "disable_log_stats": True}
+    if settings["reasoning_parser"]:  # vLLM applies a schema to what follows the reasoning only if it knows the parser
+        args["reasoning_parser"] = settings["reasoning_parser"]
+    if current_platform.is_cpu():
+        args |= _cpu_args(settings["kv_cache_gib"], vllm.__version__)
+    args |= json.loads(settings["args"])
+    check_engine_args(args, {field.name for field in dataclasses.fields(vllm.AsyncEngineArgs)})
+    return args | {"model": settings["base"]["path"]}
 
 
 def _start(settings: dict[str, Any], stats: Statistics) -> "tuple[AsyncLLM, dict[str, Any]]":
     """Brings vLLM up; must run inside the event loop that will use it."""
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    _cpu_defaults(settings["kv_cache_gib"])
+    _set_environment()
     import vllm
     from vllm import AsyncEngineArgs
     from vllm.platforms import current_platform
@@ -350,11 +466,9 @@ def _start(settings: dict[str, Any], stats: Statistics) -> "tuple[AsyncLLM, dict
         def log_engine_initialized(self) -> None:
             pass
 
-    args = {"enable_lora": True, "max_loras": 12, "max_lora_rank": 16, "disable_log_stats": True}
-    args |= json.loads(settings["args"])
-    check_engine_args(args, {field.name for field in dataclasses.fields(AsyncEngineArgs)})
-    base = settings["base"]
-    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=base["path"], **args), stat_loggers=[Recorder])
+    check_parsers(settings["tool_parser"], settings["reasoning_parser"])
+    args = engine_args(settings)
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**args), stat_loggers=[Recorder])
     info = {
         "max_model_len": engine.model_config.max_model_len,
         "max_loras": args["max_loras"],
@@ -377,17 +491,16 @@ async def _main(folder: str, settings: dict[str, Any]) -> int:
         parsers = Parsers(engine.get_tokenizer(), settings["tool_parser"], settings["reasoning_parser"])
     except BaseException as exc:  # noqa: BLE001 - the client raises it
         await replies.send(msgspec.msgpack.encode(StartFailed(f"{type(exc).__name__}: {exc}")))
-        replies.close(linger=2000)
+        context.destroy(linger=2000)  # which waits until the message is out
         return 1
-    host = Host(engine, parsers, replies, stats)
+    host = Host(engine, parsers, replies, stats, info["max_lora_rank"])
     await host.send(Ready(info))
-    with contextlib.suppress(asyncio.CancelledError):
-        await host.serve(requests)
+    await asyncio.gather(host.serve(requests), host.watch())
     return 0
 
 
 if __name__ == "__main__":
-    _watch_parent()
+    _watch_parent(sys.argv[1])
     status = asyncio.run(_main(sys.argv[1], json.loads(sys.argv[2])))
     sys.stdout.flush()
     os._exit(status)

@@ -84,20 +84,19 @@ class LocalEngine(_Engine):
         """Stream events, token by token. Several samples of one call are drawn first and shown one by one."""
         group = Samples.current()
         yield lm15.StreamStartEvent(model=request.model)
+        shown = translate.Shown()
         if group.wanted > 1:
-            yield from translate.response_events(self.complete(request), seen_text=False)
+            yield from shown.rest(self.complete(request))
             return
         deltas: queue.SimpleQueue[Delta | None] = queue.SimpleQueue()
         pending = self._submit(request, 1, deltas.put)
-        seen = False
         try:
             while (delta := deltas.get()) is not None:
-                seen = True
-                yield from translate.delta_events(delta)
+                yield from shown.events(delta)
         finally:
             self.client.abort(pending)
         [response] = self._answer(pending, request.model)
-        yield from translate.response_events(response, seen_text=seen)
+        yield from shown.rest(response)
 
     def _answer(self, pending: Pending, model: str) -> list[lm15.Response]:
         try:
@@ -126,23 +125,22 @@ class AsyncLocalEngine(_Engine):
         """Stream events, token by token."""
         group = Samples.current()
         yield lm15.StreamStartEvent(model=request.model)
+        shown = translate.Shown()
         if group.wanted > 1:
-            for event in translate.response_events(await self.complete(request), seen_text=False):
+            for event in shown.rest(await self.complete(request)):
                 yield event
             return
         loop = asyncio.get_running_loop()
         deltas: asyncio.Queue[Delta | None] = asyncio.Queue()
         pending = self._submit(request, 1, lambda delta: loop.call_soon_threadsafe(deltas.put_nowait, delta))
-        seen = False
         try:
             while (delta := await deltas.get()) is not None:
-                seen = True
-                for event in translate.delta_events(delta):
+                for event in shown.events(delta):
                     yield event
         finally:
             self.client.abort(pending)
         [response] = await self._answer(pending, request.model)
-        for event in translate.response_events(response, seen_text=seen):
+        for event in shown.rest(response):
             yield event
 
     async def _answer(self, pending: Pending, model: str) -> list[lm15.Response]:

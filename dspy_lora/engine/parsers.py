@@ -1,5 +1,6 @@
 """vLLM's reasoning and tool parsers, around one finished or streamed sample."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,9 +26,6 @@ class Parsers:
         tokenizer: The model's tokenizer.
         tool_parser: Name in vLLM's ``ToolParserManager``, or None.
         reasoning_parser: Name in vLLM's ``ReasoningParserManager``, or None.
-
-    Raises:
-        ConfigError: A name that this vLLM does not know.
     """
 
     def __init__(self, tokenizer: Any, tool_parser: str | None, reasoning_parser: str | None) -> None:
@@ -37,15 +35,18 @@ class Parsers:
         self.tokenizer = tokenizer
         self.tool_class = self.reasoning_class = None
         if tool_parser:
-            _check("tool_parser", tool_parser, ToolParserManager.list_registered())
             self.tool_class = ToolParserManager.get_tool_parser(tool_parser)
         if reasoning_parser:
-            _check("reasoning_parser", reasoning_parser, ReasoningParserManager.list_registered())
             self.reasoning_class = ReasoningParserManager.get_reasoning_parser(reasoning_parser)
 
     def sampling(self, request: Generate) -> dict[str, Any]:
-        """Sampling arguments that the parsers need: markers of tool calls may be special tokens."""
-        return {"skip_special_tokens": False} if self.tool_class and request.tools else {}
+        """Sampling arguments that the parsers need: markers of reasoning and tool calls may be special tokens."""
+        if self.tool_class and request.tools:
+            return {"skip_special_tokens": False}
+        if self.reasoning_class:
+            parser = self.reasoning_class(self.tokenizer, chat_template_kwargs=request.template)
+            return {"skip_special_tokens": parser.adjust_request(self._chat_request(request)).skip_special_tokens}
+        return {}
 
     def parse(self, request: Generate, text: str, token_ids: Sequence[int]) -> Parsed:
         """Takes a whole sample apart."""
@@ -85,7 +86,18 @@ class Parsers:
 
         if not (self.reasoning_class or (self.tool_class and request.tools)):
             return None
-        return ChatCompletionRequest(messages=request.messages, model="", tools=request.tools)
+        return ChatCompletionRequest(messages=[*map(_openai, request.messages)], model="", tools=request.tools)
+
+
+def _openai(message: dict[str, Any]) -> dict[str, Any]:
+    """A message in OpenAI's form: a tool call's arguments are JSON text there, and an object for chat templates."""
+    if "tool_calls" not in message:
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        arguments = json.dumps(call["function"]["arguments"])
+        calls.append(call | {"function": call["function"] | {"arguments": arguments}})
+    return message | {"tool_calls": calls}
 
 
 class Splitter:
@@ -116,6 +128,19 @@ class Splitter:
         return Delta(0, message.content or "", message.reasoning or "")
 
 
-def _check(setting: str, name: str, allowed: list[str]) -> None:
-    if name not in allowed:
-        raise ConfigError(f"{setting}={name!r} is no parser of this vLLM. {near(name, allowed)}")
+def check_parsers(tool_parser: str | None, reasoning_parser: str | None) -> None:
+    """Looks the names up, before the model is loaded.
+
+    Raises:
+        ConfigError: A name that this vLLM does not know.
+    """
+    from vllm.reasoning import ReasoningParserManager
+    from vllm.tool_parsers import ToolParserManager
+
+    known = {
+        "tool_parser": (tool_parser, ToolParserManager.list_registered()),
+        "reasoning_parser": (reasoning_parser, ReasoningParserManager.list_registered()),
+    }
+    for setting, (name, allowed) in known.items():
+        if name and name not in allowed:
+            raise ConfigError(f"{setting}={name!r} is no parser of this vLLM. {near(name, allowed)}")

@@ -1,5 +1,6 @@
 """One line on standard error while an engine starts."""
 
+import contextlib
 import sys
 import time
 from typing import Any
@@ -16,7 +17,7 @@ class Progress:
         self._name = name
         self._began = time.monotonic()
         self._shown = -1
-        self._terminal = sys.stderr is not None and sys.stderr.isatty()
+        self._terminal = _is_terminal()
         self._open = True
         if not self._terminal:
             self._write(f"dspy-lora: starting vLLM for {name!r} (about half a minute)\n")
@@ -45,5 +46,12 @@ class Progress:
 
     def _write(self, text: str) -> None:
         if sys.stderr is not None:
-            sys.stderr.write(text)
-            sys.stderr.flush()
+            with contextlib.suppress(OSError, ValueError):  # closed, or a pipe nobody reads: no reason to stop
+                sys.stderr.write(text)
+                sys.stderr.flush()
+
+
+def _is_terminal() -> bool:
+    with contextlib.suppress(ValueError):  # closed
+        return sys.stderr is not None and sys.stderr.isatty()
+    return False

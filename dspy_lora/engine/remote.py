@@ -1,12 +1,13 @@
 """Engine objects for a running server that speaks vLLM's OpenAI API: vLLM itself, or Ray Serve LLM.
 
-The requests are DSPy's own ``lm15`` client's; what is added is loading adapters on the server, names, and vLLM's
-sampling settings. Adapters are loaded through ``/v1/load_lora_adapter``, for which a vLLM server must run with
-``VLLM_ALLOW_RUNTIME_LORA_UPDATING=1`` and see the adapter's folder under the same path; a server that already lists the
-adapter's name needs neither.
+The requests are DSPy's own ``lm15`` client's; what is added is loading adapters on the server, names, vLLM's sampling
+settings, and ``n`` samples in one request. Adapters are loaded through ``/v1/load_lora_adapter``, for which a vLLM
+server must run with ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=1`` and see the adapter's folder under the same path; a server
+that already lists the adapter's name needs neither.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import os
@@ -19,11 +20,13 @@ import httpx
 from dspy import lm15
 
 from dspy_lora.adapters.base import Base
+from dspy_lora.config import API_KEY_VARIABLE
 from dspy_lora.engine import translate
 from dspy_lora.engine.protocol import Adapter
+from dspy_lora.engine.samples import Samples
 
-_TIMEOUT_S = 30.0
-API_KEY_VARIABLE = "DSPY_LORA_API_KEY"
+_TIMEOUT_S = 600.0  # as of DSPy's own client
+_CONNECTIONS = 1024  # at most; DSPy's threads wait for one where there are fewer than threads
 
 
 class _Remote:
@@ -64,7 +67,8 @@ class _Remote:
         if adapter := self.adapters.get(model):
             with self._lock:
                 self._served.pop(model, None)
-                self._http("POST", self.api_base, "/unload_lora_adapter", {"lora_name": adapter.name})
+                if _lists(self._models(), adapter.name):
+                    self._http("POST", "/unload_lora_adapter", {"lora_name": adapter.name})
 
     def stats(self) -> dict[str, Any]:
         """The models and adapters the server lists."""
@@ -77,13 +81,56 @@ class _Remote:
         return self.api_key or os.environ.get(API_KEY_VARIABLE) or "EMPTY"
 
     def _config(self) -> lm15.RouterConfig:
-        return lm15.RouterConfig(api_keys={"vllm": self._key()}, base_urls={"vllm": self.api_base})
+        keys, addresses = {"vllm": self._key()}, {"vllm": self.api_base}
+        return lm15.RouterConfig(api_keys=keys, base_urls=addresses, max_connections=_CONNECTIONS)
 
-    def _route(self, request: lm15.Request) -> lm15.Request:
+    # -- requests --------------------------------------------------------------------------------------------------
+
+    def _route(self, request: lm15.Request, n: int = 1) -> lm15.Request:
         """The request as the server wants it: its own name for the model, vLLM's settings at the top level."""
-        knobs = translate.vllm_knobs(request.config)
-        config = dataclasses.replace(request.config, extensions=knobs or None)
+        knobs = translate.vllm_knobs(request.config) | ({"n": n} if n > 1 else {})
+        if request.config.top_k is not None:  # which lm15 leaves out: OpenAI's own API has none
+            knobs["top_k"] = request.config.top_k
+        config = dataclasses.replace(request.config, top_k=None, extensions=knobs or None)
         return dataclasses.replace(request, model=self._name(request.model), config=config)
+
+    def _many(self, routed: lm15.Request) -> list[lm15.Response]:
+        """All samples of one request, which DSPy's client reads one at a time; its tokens are counted in the first."""
+        wire = lm15.OpenAIChatLM(api_key=self._key(), base_url=self.api_base, compat="vllm")
+        request = wire.build_request(routed, stream=False)
+        reply = self._send(request.method, request.url, content=request.body, headers=dict(request.headers))
+        if reply.status_code >= 400:
+            raise wire.normalize_error(reply.status_code, reply.text)
+        whole, form = reply.json(), routed.config.response_format
+        first, *rest = [
+            lm15.response_from_openai_chat(whole, model=routed.model, choice=index, response_format=form)
+            for index in range(len(whole["choices"]))
+        ]
+        free = lm15.Usage(input_tokens=0, output_tokens=0)
+        return [first, *(dataclasses.replace(response, usage=free) for response in rest)]
+
+    @contextlib.contextmanager
+    def _errors(self, model: str) -> Iterator[None]:
+        """Words the server's errors; the next call of an adapter that the server has lost loads it again.
+
+        Args:
+            model: The model string that was asked for.
+        """
+        try:
+            yield
+        except lm15.InvalidRequestError as exc:
+            if exc.status == 404:
+                self._served.pop(model, None)
+                raise lm15.ServerError(f"the server at {self.api_base} lost {model!r}: {exc}", status=404) from exc
+            if "maximum context length" in str(exc) and not isinstance(exc, lm15.ContextLengthError):
+                raise lm15.ContextLengthError(str(exc), status=exc.status) from exc
+            raise
+        except lm15.AuthError as exc:
+            raise self._refused_key(exc.status) from exc
+        except (ValueError, TypeError, KeyError) as exc:
+            raise self._nonsense("/chat/completions", str(exc)) from exc
+
+    # -- the server's models ---------------------------------------------------------------------------------------
 
     def _name(self, model: str) -> str:
         """The server's name for a model string; loads the adapter at its first use."""
@@ -94,14 +141,22 @@ class _Remote:
 
     def _load(self, model: str) -> str:
         cards = self._models()
-        adapter = self.adapters.get(model)
+        base, adapter = self._base_name(cards), self.adapters.get(model)
         if adapter is None:
-            return self._base_name(cards)
-        if all(card["id"] != adapter.name for card in cards):
-            self._http(
-                "POST", self.api_base, "/load_lora_adapter", {"lora_name": adapter.name, "lora_path": adapter.path}
-            )
+            return base
+        if not _lists(cards, adapter.name):
+            self._load_adapter(adapter)
         return adapter.name
+
+    def _load_adapter(self, adapter: Adapter) -> None:
+        try:
+            self._http("POST", "/load_lora_adapter", {"lora_name": adapter.name, "lora_path": adapter.path})
+        except (lm15.InvalidRequestError, lm15.ServerError) as exc:
+            if not _lists(self._models(), adapter.name):  # else another client was faster
+                raise lm15.ConfigurationError(
+                    f"adapter {adapter.name!r} cannot be loaded from {adapter.path!r}, which the server must see under "
+                    f"the same path: {exc}"
+                ) from exc
 
     def _base_name(self, cards: list[dict[str, Any]]) -> str:
         bases = [card for card in cards if not card.get("parent")]
@@ -115,50 +170,97 @@ class _Remote:
         )
 
     def _models(self) -> list[dict[str, Any]]:
-        body = self._http("GET", self.api_base, "/models")
+        body = self._http("GET", "/models")
         if not isinstance(body, dict) or not isinstance(body.get("data"), list):
-            raise lm15.ServerError(f"{self.api_base}/models answered {str(body)[:200]!r}, which is no list of models")
+            raise self._nonsense("/models", str(body))
         return [card for card in body["data"] if isinstance(card, dict) and isinstance(card.get("id"), str)]
 
-    def _http(self, method: str, root: str, path: str, body: Any = None) -> Any:
+    def _http(self, method: str, path: str, body: Any = None) -> Any:
         headers = {"Authorization": f"Bearer {self._key()}"}
-        try:
-            reply = httpx.request(method, root + path, json=body, headers=headers, timeout=_TIMEOUT_S)
-        except httpx.HTTPError as exc:
-            raise lm15.TransportError(f"no answer from the server at {root}: {exc}") from exc
-        if reply.status_code == 404 and path.endswith("lora_adapter"):
-            raise lm15.ConfigurationError(
-                f"the server at {root} does not load adapters at run time. Start vLLM with "
-                "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --enable-lora, or list the adapter with --lora-modules."
-            )
+        reply = self._send(method, self.api_base + path, json=body, headers=headers)
         if reply.status_code >= 400:
-            kind = lm15.ServerError if reply.status_code >= 500 else lm15.InvalidRequestError
-            raise kind(f"{root}{path} refused: {reply.text[:500]}", status=reply.status_code)
+            raise self._refusal(path, reply)
         try:
             return reply.json()
         except ValueError:
             return reply.text
+
+    def _send(self, method: str, url: str, **content: Any) -> httpx.Response:
+        try:
+            return httpx.request(method, url, timeout=_TIMEOUT_S, **content)
+        except (httpx.UnsupportedProtocol, httpx.InvalidURL) as exc:
+            raise lm15.ConfigurationError(f"api_base={self.api_base!r} is no address of a server: {exc}") from exc
+        except httpx.HTTPError as exc:
+            raise lm15.TransportError(
+                f"no answer from the server at {self.api_base}: {exc}. Is it running, and is this its address?"
+            ) from exc
+
+    def _refusal(self, path: str, reply: httpx.Response) -> lm15.LM15Error:
+        status = reply.status_code
+        if status in (401, 403):
+            return self._refused_key(status)
+        if status in (404, 405) and "lora_adapter" in path and "adapter" not in reply.text:  # no such route
+            return lm15.ConfigurationError(
+                f"the server at {self.api_base} does not load adapters at run time. Start vLLM with "
+                "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --enable-lora, or list the adapter with --lora-modules."
+            )
+        if status == 404 and path == "/models":
+            return lm15.ConfigurationError(
+                f"there is no list of models at {self.api_base}/models. Give the address with its path, as in "
+                "api_base='http://localhost:8000/v1'."
+            )
+        kind = lm15.ServerError if status >= 500 else lm15.InvalidRequestError
+        return kind(f"{self.api_base}{path} refused: {reply.text[:500]}", status=status)
+
+    def _refused_key(self, status: int | None) -> lm15.AuthError:
+        return lm15.AuthError(
+            f"the server at {self.api_base} refused the key. Give LoRALM(api_key=...) or set {API_KEY_VARIABLE}.",
+            status=status,
+        )
+
+    def _nonsense(self, path: str, body: str) -> lm15.ServerError:
+        return lm15.ServerError(
+            f"{self.api_base}{path} answered {body[:200]!r}, which is no answer of an OpenAI-compatible server"
+        )
+
+
+def _lists(cards: list[dict[str, Any]], name: str) -> bool:
+    return any(card["id"] == name for card in cards)
 
 
 class RemoteEngine(_Remote):
     """The sync engine."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return remote_engine, (self.api_base, self.api_key, self.base)
+        return remote_engine, (self.api_base, None, self.base)  # the key stays here
 
     @functools.cached_property
     def _router(self) -> lm15.LMRouter:
         return lm15.LMRouter(self._config())
 
     def complete(self, request: lm15.Request) -> lm15.Response:
-        """Answers one request; the OpenAI API draws the samples of one call one at a time."""
-        routed = self._route(request)
-        return _named(self._router.lm(f"vllm:{routed.model}").complete(routed), request.model)
+        """Answers one request; the samples of one call are one request."""
+        group = Samples.current()
+        if (ready := group.take()) is not None:
+            return ready
+        routed = self._route(request, group.ask(request))
+        with self._errors(request.model):
+            responses = (
+                self._many(routed)
+                if group.ask(request) > 1
+                else [self._router.lm(f"vllm:{routed.model}").complete(routed)]
+            )
+        return group.keep([_named(response, request.model) for response in responses])
 
     def stream(self, request: lm15.Request) -> Iterator[Any]:
-        """Stream events, token by token."""
+        """Stream events, token by token. Several samples of one call are drawn first and shown one by one."""
+        if Samples.current().wanted > 1:
+            yield lm15.StreamStartEvent(model=request.model)
+            yield from translate.Shown().rest(self.complete(request))
+            return
         routed = self._route(request)
-        yield from self._router.lm(f"vllm:{routed.model}").stream(routed)
+        with self._errors(request.model):
+            yield from self._router.lm(f"vllm:{routed.model}").stream(routed)
 
     def close(self) -> None:
         """Closes the connections; the next call opens new ones."""
@@ -174,8 +276,9 @@ class AsyncRemoteEngine(_Remote):
         self._routers: weakref.WeakKeyDictionary[Any, lm15.AsyncLMRouter] = weakref.WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return async_remote_engine, (self.api_base, self.api_key, self.base)
+        return async_remote_engine, (self.api_base, None, self.base)  # the key stays here
 
+    @property
     def _router(self) -> lm15.AsyncLMRouter:
         loop = asyncio.get_running_loop()
         if loop not in self._routers:
@@ -183,15 +286,29 @@ class AsyncRemoteEngine(_Remote):
         return self._routers[loop]
 
     async def complete(self, request: lm15.Request) -> lm15.Response:
-        """Answers one request."""
-        routed = await asyncio.to_thread(self._route, request)
-        return _named(await self._router().lm(f"vllm:{routed.model}").complete(routed), request.model)
+        """Answers one request; the samples of one call are one request."""
+        group = Samples.current()
+        if (ready := group.take()) is not None:
+            return ready
+        routed = await asyncio.to_thread(self._route, request, group.ask(request))
+        with self._errors(request.model):
+            if group.ask(request) > 1:
+                responses = await asyncio.to_thread(self._many, routed)
+            else:
+                responses = [await self._router.lm(f"vllm:{routed.model}").complete(routed)]
+        return group.keep([_named(response, request.model) for response in responses])
 
     async def stream(self, request: lm15.Request) -> AsyncIterator[Any]:
         """Stream events, token by token."""
+        if Samples.current().wanted > 1:
+            yield lm15.StreamStartEvent(model=request.model)
+            for event in translate.Shown().rest(await self.complete(request)):
+                yield event
+            return
         routed = await asyncio.to_thread(self._route, request)
-        async for event in self._router().lm(f"vllm:{routed.model}").stream(routed):
-            yield event
+        with self._errors(request.model):
+            async for event in self._router.lm(f"vllm:{routed.model}").stream(routed):
+                yield event
 
     async def aclose(self) -> None:
         """Closes this event loop's connections."""

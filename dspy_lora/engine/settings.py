@@ -56,11 +56,13 @@ def engine_settings(base: Base, config: Config, overrides: dict[str, Any] | None
     Raises:
         ConfigError: A value that the ``serving`` section does not allow, or that is not JSON.
     """
-    overrides = overrides or {}
-    known = {key: value for key, value in overrides.items() if key in ServingConfig.model_fields}
     try:
+        given = dict(overrides or {})
+        if "model" in given:
+            raise ValueError("the base model is LoRALM's first argument")
+        known = {key: value for key, value in given.items() if key in ServingConfig.model_fields}
         serving = ServingConfig.model_validate(config.serving.model_dump() | known)
-        extra = {key: value for key, value in overrides.items() if key not in known}
+        extra = {key: value for key, value in given.items() if key not in known}
         args = {key: value for key, value in serving.model_dump().items() if value is not None and key not in _OURS}
         encoded = json.dumps(args | extra, sort_keys=True)
     except (ValueError, TypeError) as exc:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from dspy import lm15
@@ -46,17 +47,18 @@ def to_generate(request: lm15.Request, *, n: int = 1, stream: bool = False) -> G
     """
     knobs = vllm_knobs(request.config)
     template = dict(knobs.pop(VLLM_TEMPLATE, None) or {})
-    reasoning = request.config.reasoning
-    if reasoning is not None:
-        template.setdefault("enable_thinking", reasoning.effort != "off")
+    if request.config.reasoning is not None:
+        template.setdefault("enable_thinking", request.config.reasoning.effort != "off")
     sampling = _sampling(request.config) | knobs
     if n > 1:
         sampling["n"] = n
-    tools = [_tool(tool) for tool in request.tools] or None
-    if request.config.tool_choice is not None and request.config.tool_choice.mode == "none":
-        tools = None
     return Generate(
-        id=0, messages=to_messages(request), sampling=sampling, tools=tools, stream=stream, template=template
+        id=0,
+        messages=to_messages(request),
+        sampling=sampling,
+        tools=_tools(request),
+        stream=stream,
+        template=template,
     )
 
 
@@ -158,6 +160,23 @@ def _unsupported(part: Any) -> lm15.UnsupportedFeatureError:
     )
 
 
+def _tools(request: lm15.Request) -> list[dict[str, Any]] | None:
+    """The tools that the model may call, None for none.
+
+    Raises:
+        lm15.UnsupportedFeatureError: A call is demanded: a parser finds calls in what the model writes, and cannot make
+            it write one.
+    """
+    choice = request.config.tool_choice or lm15.ToolChoice()
+    if choice.mode == "required":
+        raise lm15.UnsupportedFeatureError(
+            f"tool_choice={list(choice.allowed) or 'required'!r}: LoRALM lets the model choose. Leave tool_choice out, "
+            "or give one tool and say in the instruction that it must be called."
+        )
+    tools = [tool for tool in request.tools if not choice.allowed or tool.name in choice.allowed]
+    return None if choice.mode == "none" else [_tool(tool) for tool in tools] or None
+
+
 def _tool(tool: Any) -> dict[str, Any]:
     if not isinstance(tool, lm15.FunctionTool):
         raise lm15.UnsupportedFeatureError(f"LoRALM calls functions only; {tool!r} is run by a provider's server.")
@@ -217,27 +236,64 @@ def _logprob(token: Token) -> lm15.TokenLogprob:
     return lm15.TokenLogprob(token.text, token.logprob, token_id=token.id, top=top)
 
 
-def delta_events(delta: Delta) -> Iterator[Any]:
-    """Stream events of one delta: reasoning is part 0, text part 1."""
-    if delta.thinking:
-        yield lm15.StreamDeltaEvent(lm15.ThinkingDelta(delta.thinking, part_index=0))
-    if delta.text:
-        logprobs = tuple(map(_logprob, delta.logprobs))
-        yield lm15.StreamDeltaEvent(lm15.TextDelta(delta.text, part_index=1, logprobs=logprobs))
+@dataclass
+class Shown:
+    """The stream events of one request: deltas as they come, then what they did not show.
+
+    Reasoning is part 0, text part 1, tool calls follow.
+
+    Attributes:
+        text: Answer text shown so far.
+        thinking: Reasoning text shown so far.
+        scored: Number of tokens whose log-probabilities were shown.
+        held: Log-probabilities of tokens that made no text yet: reasoning, or half of a character.
+    """
+
+    text: str = ""
+    thinking: str = ""
+    scored: int = 0
+    held: tuple[lm15.TokenLogprob, ...] = field(default=())
+
+    def events(self, delta: Delta) -> Iterator[Any]:
+        """The events of one delta."""
+        self.held += tuple(map(_logprob, delta.logprobs))
+        if delta.thinking:
+            self.thinking += delta.thinking
+            yield lm15.StreamDeltaEvent(lm15.ThinkingDelta(delta.thinking, part_index=0))
+        if delta.text:
+            yield self._text(delta.text, self.held)
+
+    def rest(self, response: lm15.Response) -> Iterator[Any]:
+        """The end of a stream: text that a parser held back, tool calls, finish reason and usage.
+
+        Args:
+            response: The whole answer.
+        """
+        text, thinking = (
+            "".join(part.text for part in _of(response, kind)) for kind in (lm15.TextPart, lm15.ThinkingPart)
+        )
+        if more := _after(thinking, self.thinking):
+            yield lm15.StreamDeltaEvent(lm15.ThinkingDelta(more, part_index=0))
+        unscored = (response.logprobs or ())[self.scored :]
+        if (more := _after(text, self.text)) or unscored:
+            yield self._text(more, unscored)
+        for index, call in enumerate(_of(response, lm15.ToolCallPart), start=2):
+            delta = lm15.ToolCallDelta(json.dumps(dict(call.input)), part_index=index, id=call.id, name=call.name)
+            yield lm15.StreamDeltaEvent(delta)
+        yield lm15.StreamEndEvent(finish_reason=response.finish_reason, usage=response.usage)
+
+    def _text(self, text: str, logprobs: tuple[lm15.TokenLogprob, ...]) -> lm15.StreamDeltaEvent:
+        self.text, self.scored, self.held = self.text + text, self.scored + len(logprobs), ()
+        return lm15.StreamDeltaEvent(lm15.TextDelta(text, part_index=1, logprobs=logprobs))
 
 
-def response_events(response: lm15.Response, *, seen_text: bool) -> Iterator[Any]:
-    """The rest of a stream: what the deltas did not show (tool calls, held text), then the end."""
-    for index, part in enumerate(response.message.parts, start=2):
-        if isinstance(part, lm15.ToolCallPart):
-            call = lm15.ToolCallDelta(json.dumps(dict(part.input)), part_index=index, id=part.id, name=part.name)
-            yield lm15.StreamDeltaEvent(call)
-        elif isinstance(part, lm15.ThinkingPart) and not seen_text:
-            yield lm15.StreamDeltaEvent(lm15.ThinkingDelta(part.text, part_index=0))
-        elif isinstance(part, lm15.TextPart) and not seen_text:
-            logprobs = response.logprobs or ()
-            yield lm15.StreamDeltaEvent(lm15.TextDelta(part.text, part_index=1, logprobs=logprobs))
-    yield lm15.StreamEndEvent(finish_reason=response.finish_reason, usage=response.usage)
+def _of(response: lm15.Response, kind: type[Any]) -> list[Any]:
+    return [part for part in response.message.parts if isinstance(part, kind)]
+
+
+def _after(whole: str, shown: str) -> str:
+    """What of ``whole`` was not shown; nothing where a parser changed its mind about what it had shown."""
+    return whole[len(shown) :] if whole.startswith(shown) else ""
 
 
 def to_error(failed: Failed) -> lm15.LM15Error:

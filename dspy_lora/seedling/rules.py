@@ -308,10 +308,10 @@ def number_task(rng: Random, split: Split, texts: Texts) -> Task:
     low, high = make_labels(rng, split, 2)
     limit = rng.choice((5, 10, 20, 50, 100, 200, 500, 1000))
     told = pick(rng, wordings.ABOVE, split).format(f=source, o=target, t=limit, l=high, n=low)
-    rows = []
+    kind, rows = rng.choice((int, int, str)), []
     for _ in range(ROWS):
         value = rng.randint(0, 2 * limit)
         label = high if value > limit else low
         reason = f"{value} is {'more' if value > limit else 'not more'} than {limit}, so {label}."
-        rows.append({source: value, target: label, "reasoning": reason})
-    return Task("number", told, {source: rng.choice((int, int, str))}, {target: str}, rows)
+        rows.append({source: kind(value), target: label, "reasoning": reason})
+    return Task("number", told, {source: kind}, {target: str}, rows)

@@ -1,0 +1,115 @@
+"""``dspy-lora bench``: prints ratios of one run as a table, and writes them as JSON."""
+
+import argparse
+import json
+import logging
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dspy_lora.bench import measure
+from dspy_lora.bench.measure import Bench, Figure
+from dspy_lora.errors import ConfigError
+
+# In this order: the last one starts an engine of its own after this one has ended.
+MEASUREMENTS: dict[str, Callable[[Bench], list[Figure]]] = {
+    "throughput": measure.throughput,
+    "http": measure.over_http,
+    "samples": measure.samples,
+    "mixed": measure.mixed,
+    "engine-memory": measure.engine_memory,
+    "soak": measure.soak,
+    "caller-memory": measure.caller_memory,
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of ``dspy-lora bench``."""
+    parser.add_argument("--only", nargs="+", choices=list(MEASUREMENTS), metavar="NAME", help=", ".join(MEASUREMENTS))
+    parser.add_argument("--soak", action="store_true", help="20,000 calls too, looking whether memory grows")
+    parser.add_argument("--base-model", default="seedling", help="the base model (default: the bundled seedling)")
+    parser.add_argument("--engine", default="{}", metavar="JSON", help="engine settings, as LoRALM's engine={...}")
+    parser.add_argument("--calls", type=int, default=192, help="calls a repeat (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=128, help="threads that call (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="repeats in turns (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs ``dspy-lora bench``.
+
+    Returns:
+        0 if every bar holds, else 1.
+    """
+    for name in ("dspy", "httpx"):  # a warning for each answer that was cut, a line for each request
+        logging.getLogger(name).setLevel(logging.ERROR)
+    bench = Bench(args.base_model, _engine(args.engine), args.calls, args.threads, args.repeats)
+    figures: list[Figure] = []
+    print(f"{'':58}{'median':>10}{'least':>10}{'most':>10}  bar")
+    try:
+        bench.preload()
+        for name in _chosen(args):
+            if name == "caller-memory":
+                bench.close()
+            for figure in MEASUREMENTS[name](bench):
+                print(row(figure), flush=True)
+                figures.append(figure)
+    finally:
+        bench.close()
+    if args.json:
+        args.json.write_text(json.dumps(report(figures, args), indent=2) + "\n")
+    return 0 if all(figure.holds in (True, None) for figure in figures) else 1
+
+
+def _engine(text: str) -> dict[str, Any]:
+    try:
+        engine = json.loads(text)
+    except ValueError as exc:
+        raise ConfigError(f"--engine {text!r} is no JSON: {exc}") from exc
+    if not isinstance(engine, dict):
+        raise ConfigError(f"--engine {text!r}: give an object, like '{{\"max_loras\": 4}}'")
+    return engine
+
+
+def _chosen(args: argparse.Namespace) -> list[str]:
+    chosen = args.only or [name for name in MEASUREMENTS if name != "soak"]
+    return [name for name in MEASUREMENTS if name in chosen or (name == "soak" and args.soak)]
+
+
+def row(figure: Figure) -> str:
+    """One line of the table."""
+    digits = 0 if figure.median >= 100 else 2
+    values = (figure.median, min(figure.values), max(figure.values))
+    numbers = "".join(f"{value:>10.{digits}f}" for value in values)
+    bar = "" if figure.holds is None else f"  {_bar(figure)}: {'holds' if figure.holds else 'FAILS'}"
+    return f"{f'{figure.name} ({figure.unit})':58}{numbers}{bar}"
+
+
+def _bar(figure: Figure) -> str:
+    return f">= {figure.least:g}" if figure.least is not None else f"<= {figure.most:g}"
+
+
+def report(figures: list[Figure], args: argparse.Namespace) -> dict[str, Any]:
+    """The figures and what they were measured on, for a file."""
+    return {
+        "machine": {"cpus": os.cpu_count(), "processor": platform.machine(), "python": platform.python_version()},
+        "calls": args.calls,
+        "threads": args.threads,
+        "repeats": args.repeats,
+        "engine": args.engine,
+        "base_model": args.base_model,
+        "figures": [
+            {
+                "name": figure.name,
+                "unit": figure.unit,
+                "median": figure.median,
+                "values": list(figure.values),
+                "least": figure.least,
+                "most": figure.most,
+                "holds": figure.holds,
+            }
+            for figure in figures
+        ],
+    }

@@ -1,0 +1,267 @@
+"""One function a measurement. Each compares within one run, in turns, and returns figures with their spread."""
+
+import contextlib
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import dspy
+
+from dspy_lora import LoRALM
+from dspy_lora.bench import memory
+from dspy_lora.bench.servers import RawVLLM, openai_server, raw_vllm
+from dspy_lora.bench.workload import AnyText, Question, in_threads, questions, signature
+from dspy_lora.config import load_config
+from dspy_lora.engine.settings import EngineSettings, engine_settings
+
+_SHORT_TOKENS = 16  # a label in DSPy's chat format
+_LONG_TOKENS = 64  # with reasoning
+_SOAK_CALLS = 20_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A measured figure.
+
+    Attributes:
+        name: What it is.
+        unit: Of its values; ``"x"`` for ratios.
+        values: One a repeat.
+        least: It is to be at least this, at the median.
+        most: It is to be at most this, at the median.
+    """
+
+    name: str
+    unit: str
+    values: tuple[float, ...]
+    least: float | None = None
+    most: float | None = None
+
+    @property
+    def median(self) -> float:
+        """The middle value."""
+        return statistics.median(self.values)
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether the bar holds; None without a bar."""
+        if self.least is None and self.most is None:
+            return None
+        return (self.least is None or self.median >= self.least) and (self.most is None or self.median <= self.most)
+
+
+class Bench:
+    """What the measurements share: LoRALMs of all domains on one engine, and what they are compared with.
+
+    Args:
+        model: The base model.
+        engine: Engine settings.
+        calls: Calls a repeat.
+        threads: Threads that call.
+        repeats: Repeats of each measurement.
+    """
+
+    def __init__(self, model: str, engine: dict[str, Any], calls: int, threads: int, repeats: int) -> None:
+        self.model, self.engine = model, engine
+        self.calls, self.threads, self.repeats = calls, threads, repeats
+        self.domains = list(load_config().domains)
+        self.lms = {domain: self.lm(domain) for domain in self.domains}
+        self._seed = 0
+
+    def lm(self, domain: str | None = None) -> LoRALM:
+        """An LM of the engine, with DSPy's cache off and answers of a fixed length."""
+        return LoRALM(self.model, domain=domain, engine=self.engine, cache=False, ignore_eos=True)
+
+    @property
+    def settings(self) -> EngineSettings:
+        """The engine's settings."""
+        return engine_settings(self.lms[self.domains[0]].base, load_config(), self.engine)
+
+    @property
+    def adapters(self) -> list[Any]:
+        """The adapters' revisions."""
+        return [lm.adapter for lm in self.lms.values()]
+
+    def preload(self) -> None:
+        """Starts the engine with all adapters."""
+        for lm in self.lms.values():
+            lm.preload()
+
+    def close(self) -> None:
+        """Ends the engine."""
+        self.lms[self.domains[0]].kill()
+
+    def fresh(self, count: int | None = None) -> list[Question]:
+        """Questions that were not asked before in this run."""
+        self._seed += 1
+        return questions(count or self.calls, self._seed)
+
+    def run(self, asked: Sequence[Question], call: Callable[[Question], Any]) -> float:
+        """Seconds for all questions in this bench's threads."""
+        return in_threads([functools.partial(call, question) for question in asked], self.threads)
+
+
+def throughput(bench: Bench) -> list[Figure]:
+    """Output tokens a second of DSPy programs in threads against plain ``LLM.generate``, twelve adapters mixed."""
+    figures = []
+    with raw_vllm(bench.settings, bench.adapters) as raw, dspy_settings(adapter=AnyText()):
+        for tokens in (_SHORT_TOKENS, _LONG_TOKENS):
+            programs = {domain: _program(bench, domain, max_tokens=tokens) for domain in bench.domains}
+            _raw_tokens_a_second(bench, raw, bench.fresh(24), tokens)
+            bench.run(bench.fresh(24), lambda question: programs[question.domain](text=question.text))  # noqa: B023
+            plain, through = [], []
+            for _ in range(bench.repeats):
+                asked = bench.fresh()
+                plain.append(_raw_tokens_a_second(bench, raw, asked, tokens))
+                seconds = bench.run(asked, lambda question: programs[question.domain](text=question.text))  # noqa: B023
+                through.append(tokens * len(asked) / seconds)
+            figures += [
+                Figure(f"plain LLM.generate, {tokens} tokens an answer", "tokens/s", tuple(plain)),
+                Figure(f"DSPy programs, {tokens} tokens an answer", "tokens/s", tuple(through)),
+                Figure("DSPy over plain", "x", _ratios(through, plain), least=0.95),
+            ]
+    return figures
+
+
+def _program(bench: Bench, domain: str, **kwargs: Any) -> dspy.Predict:
+    program = dspy.Predict(signature(domain))
+    program.lm = bench.lms[domain].copy(**kwargs)
+    return program
+
+
+def _raw_tokens_a_second(bench: Bench, raw: RawVLLM, asked: Sequence[Question], tokens: int) -> float:
+    sampling = {"temperature": 0.0, "max_tokens": tokens, "ignore_eos": True}
+    names = [bench.lms[question.domain].adapter for question in asked]
+    done = raw.generate([question.messages for question in asked], [name.ref for name in names if name], sampling)
+    return float(done["tokens"] / done["seconds"])
+
+
+def over_http(bench: Bench) -> list[Figure]:
+    """The caller's CPU time and calls a second against ``dspy.LM("openai/...")`` and vLLM's server.
+
+    One token an answer and prompts that the prefix cache knows: the engine is not the limit.
+    """
+    asked = bench.fresh()
+    with openai_server(bench.settings, bench.adapters) as address:
+        ours = {domain: lm.copy(max_tokens=1) for domain, lm in bench.lms.items()}
+        theirs = {domain: _http_lm(lm, address) for domain, lm in bench.lms.items()}
+        measured: dict[str, list[tuple[float, float]]] = {"LoRALM": [], "dspy.LM over HTTP": []}
+        for repeat in range(bench.repeats + 1):
+            for name, lms in zip(measured, (ours, theirs), strict=True):
+                cost = _cost(bench, asked, lms)
+                if repeat:  # the first one fills the prefix cache
+                    measured[name].append(cost)
+    figures = []
+    for name, costs in measured.items():
+        figures.append(Figure(f"{name}: CPU time of the caller", "ms/call", tuple(cpu for cpu, _ in costs)))
+        figures.append(Figure(f"{name}: short answers", "calls/s", tuple(rate for _, rate in costs)))
+    (our_cpu, our_rates), (their_cpu, their_rates) = (zip(*costs, strict=True) for costs in measured.values())
+    return [
+        *figures,
+        Figure("CPU time, LoRALM over HTTP", "x", _ratios(our_cpu, their_cpu), most=0.6),
+        Figure("calls a second, LoRALM over HTTP", "x", _ratios(our_rates, their_rates), least=1.3),
+    ]
+
+
+def _http_lm(lm: LoRALM, address: str) -> dspy.LM:
+    name = lm.adapter.ref if lm.adapter else lm.base.name
+    return dspy.LM(
+        f"openai/{name}", api_base=address, api_key="none", cache=False, temperature=0.0, max_tokens=1, num_retries=0
+    )
+
+
+def _cost(bench: Bench, asked: Sequence[Question], lms: dict[str, Any]) -> tuple[float, float]:
+    """CPU milliseconds of this process a call, and calls a second."""
+    began = time.process_time()
+    seconds = bench.run(asked, lambda question: lms[question.domain](messages=question.messages))
+    return (time.process_time() - began) * 1e3 / len(asked), len(asked) / seconds
+
+
+def samples(bench: Bench) -> list[Figure]:
+    """Eight samples of a call against one."""
+    one, eight = [], []
+    lm = bench.lms[bench.domains[0]].copy(max_tokens=_LONG_TOKENS, temperature=1.0)
+    for question in bench.fresh(bench.repeats):
+        lm(messages=question.messages)  # the prompt is in the prefix cache from here on
+        one.append(_seconds(lambda: lm(messages=question.messages)))  # noqa: B023
+        eight.append(_seconds(lambda: lm(messages=question.messages, n=8)))  # noqa: B023
+    return [
+        Figure(f"n=1, {_LONG_TOKENS} tokens", "s", tuple(one)),
+        Figure(f"n=8, {_LONG_TOKENS} tokens each", "s", tuple(eight)),
+        Figure("n=8 over n=1", "x", _ratios(eight, one), most=2.0),
+    ]
+
+
+def mixed(bench: Bench) -> list[Figure]:
+    """Calls to twelve adapters in one batch against one adapter after another."""
+    together, in_turn = [], []
+    lms = {domain: lm.copy(max_tokens=_SHORT_TOKENS) for domain, lm in bench.lms.items()}
+
+    def ask(question: Question) -> Any:
+        return lms[question.domain](messages=question.messages)
+
+    for _ in range(bench.repeats):
+        together.append(bench.run(bench.fresh(), ask))
+        asked = bench.fresh()
+        in_turn.append(
+            sum(
+                bench.run([question for question in asked if question.domain == domain], ask)
+                for domain in bench.domains
+            )
+        )
+    return [Figure("twelve adapters mixed, speed over one after another", "x", _ratios(in_turn, together))]
+
+
+def engine_memory(bench: Bench) -> list[Figure]:
+    """The engine's memory over all its processes with all adapters, after calls that filled the KV cache."""
+    bench.run(bench.fresh(max(bench.calls, 768)), lambda q: bench.lms[q.domain](messages=q.messages, max_tokens=1))
+    pid = bench.lms[bench.domains[0]].engine_stats()["pid"]
+    return [Figure("engine with all adapters, PSS of its processes", "MB", (memory.group_megabytes(pid),), most=4295)]
+
+
+def caller_memory(bench: Bench) -> list[Figure]:
+    """What LoRALM adds to a process that uses DSPy; starts an engine of its own."""
+    return [Figure("LoRALM in the caller's process, PSS", "MB", (memory.caller_megabytes(bench.domains),), most=150)]
+
+
+def soak(bench: Bench, calls: int = _SOAK_CALLS) -> list[Figure]:
+    """Growth of the engine over many calls, after a tenth of them has filled the KV cache and the allocators."""
+    pid = bench.lms[bench.domains[0]].engine_stats()["pid"]
+    lms = [lm.copy(max_tokens=1) for lm in bench.lms.values()]
+
+    def ask(first: int, last: int) -> float:
+        calls = [functools.partial(lms[index % len(lms)], f"Question {index}.") for index in range(first, last)]
+        in_threads(calls, bench.threads)
+        return memory.group_megabytes(pid)
+
+    with dspy_settings(disable_history=True):
+        before, own = ask(0, calls // 10), memory.megabytes()
+        after = ask(calls // 10, calls)
+    return [
+        Figure(f"engine's growth over {calls} calls", "MB", (after - before,), most=50),
+        Figure(f"caller's growth over {calls} calls", "MB", (memory.megabytes() - own,), most=50),
+    ]
+
+
+@contextlib.contextmanager
+def dspy_settings(**settings: Any) -> Any:
+    """Sets DSPy's settings for every thread: ``dspy.context`` reaches only threads that DSPy starts."""
+    before = {name: getattr(dspy.settings, name) for name in settings}
+    dspy.configure(**settings)
+    try:
+        yield
+    finally:
+        dspy.configure(**before)
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def _ratios(above: Sequence[float], below: Sequence[float]) -> tuple[float, ...]:
+    return tuple(over / under for over, under in zip(above, below, strict=True))

@@ -1,0 +1,119 @@
+"""What LoRALM is compared with, each in a child process started as LoRALM's own engine is."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from dspy_lora.adapters.registry import Revision
+from dspy_lora.engine.processes import kill_group
+from dspy_lora.engine.settings import EngineSettings
+from dspy_lora.errors import EngineStartError
+
+_LOG_CHARACTERS = 2000
+
+
+class RawVLLM:
+    """Plain ``vllm.LLM``, one question and answer at a time.
+
+    Args:
+        process: The process of ``raw.py``.
+    """
+
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        self._process = process
+
+    def generate(
+        self, messages: list[list[dict[str, Any]]], adapters: list[str], sampling: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Runs prompts in one ``LLM.generate``.
+
+        Args:
+            messages: Chat messages of each prompt.
+            adapters: Each prompt's adapter.
+            sampling: Arguments of ``vllm.SamplingParams``.
+
+        Returns:
+            ``seconds`` and output ``tokens``.
+        """
+        assert self._process.stdin is not None
+        print(json.dumps({"messages": messages, "adapters": adapters, "sampling": sampling}), file=self._process.stdin)
+        return self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        """The next line of the process."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise EngineStartError("plain vLLM ended")
+        return dict(json.loads(line))
+
+
+@contextlib.contextmanager
+def raw_vllm(settings: EngineSettings, adapters: list[Revision]) -> Iterator[RawVLLM]:
+    """Starts plain vLLM with an engine's settings."""
+    given = dataclasses.asdict(settings) | {
+        "adapters": [{"name": adapter.ref, "path": str(adapter.path)} for adapter in adapters]
+    }
+    with _child(["-m", "dspy_lora.bench.raw", json.dumps(given)]) as (process, _):
+        raw = RawVLLM(process)
+        raw.answer()
+        yield raw
+
+
+@contextlib.contextmanager
+def openai_server(settings: EngineSettings, adapters: list[Revision]) -> Iterator[str]:
+    """Starts vLLM's OpenAI server with an engine's settings and yields its address."""
+    port = _free_port()
+    given = dataclasses.asdict(settings) | {
+        "port": port,
+        "adapters": [f"{adapter.ref}={adapter.path}" for adapter in adapters],
+    }
+    with _child(["-m", "dspy_lora.bench.server", json.dumps(given)]) as (process, log):
+        address = f"http://127.0.0.1:{port}"
+        while process.poll() is None:
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{address}/health").status_code == 200:
+                    break
+            time.sleep(0.5)
+        else:
+            raise EngineStartError(f"vLLM's server did not start:\n{log.read_text()[-_LOG_CHARACTERS:]}")
+        yield f"{address}/v1"
+
+
+@contextlib.contextmanager
+def _child(arguments: list[str]) -> "Iterator[tuple[subprocess.Popen[str], Path]]":
+    with tempfile.TemporaryDirectory(prefix="dspy-lora-bench-") as folder:
+        log = Path(folder, "log")
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-P", *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                text=True,
+                env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"},
+                start_new_session=True,
+                bufsize=1,
+            )
+        try:
+            yield process, log
+        finally:
+            kill_group(process.pid)
+            process.communicate()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

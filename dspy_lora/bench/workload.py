@@ -1,0 +1,104 @@
+"""What is asked: prompts of the twelve domains, as DSPy writes them."""
+
+import dataclasses
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import dspy
+
+from dspy_lora.config import load_config
+
+# Words of the seedling's tokenizer, so that 30 to 50 of them make a prompt of about 200 tokens.
+_WORDS = (
+    "the order of a new account was paid by bank in March while work on old pump and main line went well after "
+    "long test they said that price for second part will rise again because court has not yet named other side"
+).split()
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One call.
+
+    Attributes:
+        domain: Its adapter.
+        text: The input field.
+        messages: What DSPy's chat adapter makes of it.
+    """
+
+    domain: str
+    text: str
+    messages: list[dict[str, Any]]
+
+
+def questions(count: int, seed: int) -> list[Question]:
+    """Questions that no other seed asks, domain after domain in turn.
+
+    Args:
+        count: How many.
+        seed: Another seed makes other texts, so that no prefix cache knows them.
+
+    Returns:
+        The questions.
+    """
+    chance, domains = random.Random(seed), list(load_config().domains)
+    return [_question(domains[index % len(domains)], chance) for index in range(count)]
+
+
+def _question(domain: str, chance: random.Random) -> Question:
+    text = " ".join(chance.choices(_WORDS, k=chance.randint(30, 50)))
+    return Question(domain, text, dspy.ChatAdapter().format(signature(domain), [], {"text": text}))
+
+
+def signature(domain: str) -> type[dspy.Signature]:
+    """The task of a domain: text -> label."""
+    made: type[dspy.Signature] = dspy.Signature("text -> label", load_config().domains[domain].task)
+    return made
+
+
+class AnyText(dspy.ChatAdapter):
+    """A chat adapter that takes any text for an answer: lengths are fixed here, not what is said."""
+
+    def parse(self, signature: type[dspy.Signature], completion: str) -> dict[str, Any]:
+        """The whole text in every output field."""
+        return dict.fromkeys(signature.output_fields, completion)
+
+
+def in_threads(calls: Sequence[Callable[[], Any]], threads: int) -> float:
+    """Runs calls in a pool of threads that are started before the clock.
+
+    Args:
+        calls: What to run.
+        threads: How many at once.
+
+    Returns:
+        Seconds from the first call's start to the last one's end.
+    """
+    waiting, gate, errors = iter(calls), threading.Barrier(threads + 1), list[BaseException]()
+    lock = threading.Lock()
+
+    def work() -> None:
+        gate.wait()
+        while not errors:
+            with lock:
+                call = next(waiting, None)
+            if call is None:
+                return
+            try:
+                call()
+            except BaseException as exc:  # noqa: BLE001 - raised again below
+                errors.append(exc)
+
+    pool = [threading.Thread(target=work, daemon=True) for _ in range(threads)]
+    for thread in pool:
+        thread.start()
+    gate.wait()
+    began = time.perf_counter()
+    for thread in pool:
+        thread.join()
+    seconds = time.perf_counter() - began
+    if errors:
+        raise errors[0]
+    return seconds

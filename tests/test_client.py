@@ -1,0 +1,470 @@
+"""The client's bookkeeping, on a stand-in for the engine process: what is sent when, and who gets which answer."""
+
+import asyncio
+import io
+import queue
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from dspy_lora.adapters.base import Base
+from dspy_lora.config import load_config
+from dspy_lora.engine import client as client_module
+from dspy_lora.engine.client import EngineClient, close_engines, engine_client
+from dspy_lora.engine.failures import advice, ending, last_lines, root_cause
+from dspy_lora.engine.progress import Progress
+from dspy_lora.engine.protocol import Abort, Command, Delta, Done, Failed, Generate, Ready, Result, StartFailed
+from dspy_lora.engine.settings import engine_settings
+from dspy_lora.errors import AdapterError, EngineDiedError, EngineError, EngineStartError
+
+pytestmark = pytest.mark.timeout(60)
+SETTINGS = engine_settings(Base("stand-in", "nowhere", "main"), load_config())
+
+
+class StandIn:
+    """What the client sees of a host process. Tests put replies in ``replies`` and read what was sent."""
+
+    made: "list[StandIn]"
+
+    def __init__(self, settings):
+        self.ready = False
+        self.failure = None
+        self.status = None
+        self.process = self
+        self.ended = threading.Event()
+        self.sent = []
+        self.replies = queue.SimpleQueue()
+        StandIn.made.append(self)
+
+    def start(self):
+        pass
+
+    def stop(self):
+        self.ready = False
+        self.ended.set()
+
+    def poll(self):
+        return self.status
+
+    def send(self, request):
+        self.sent.append(request)
+
+    def receive(self, timeout_ms):
+        try:
+            reply = self.replies.get(timeout=timeout_ms / 1000)
+        except queue.Empty:
+            return None
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+    def started(self, info):
+        self.ready = True
+
+    def start_report(self, cause):
+        return f"did not start: {cause}"
+
+    def died(self, status):
+        return (EngineDiedError if self.ready else EngineStartError)(f"died with {status}")
+
+    def asked(self):
+        return [request for request in self.sent if not isinstance(request, Abort)]
+
+
+@pytest.fixture
+def client(monkeypatch):
+    monkeypatch.setattr(client_module, "_HostProcess", StandIn)
+    monkeypatch.setattr(StandIn, "made", [], raising=False)
+    monkeypatch.setattr(client_module, "_POLL_MS", 5)
+    client = EngineClient(SETTINGS)
+    yield client
+    client.close()
+
+
+def eventually(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def host(number=0, ready=True):
+    """The client's host of that number, made to serve."""
+    eventually(lambda: len(StandIn.made) > number)
+    if ready:
+        StandIn.made[number].replies.put(Ready({"device": "none"}))
+        eventually(lambda: StandIn.made[number].ready)
+    return StandIn.made[number]
+
+
+def ask(client, on_delta=None):
+    return client.submit(Generate(0, [], {}), on_delta)
+
+
+def done(pending, text="yes"):
+    return Done(pending.request.id, [], 0, len(text))
+
+
+# -- answers -----------------------------------------------------------------------------------------------------------
+
+
+def test_requests_made_while_the_engine_starts_are_sent_when_it_serves(client):
+    calls = [ask(client) for _ in range(3)]
+    first = host(ready=False)
+    assert first.sent == []
+    host()
+    assert [request.id for request in first.sent] == [call.request.id for call in calls]
+    calls.append(ask(client))
+    assert first.sent[-1].id == calls[-1].request.id
+    for call in reversed(calls):
+        first.replies.put(done(call))
+    assert [client.result(call).id for call in calls] == [call.request.id for call in calls]
+    assert (len(StandIn.made), client.restarts, client._pending) == (1, 0, {})
+
+
+def test_a_command_returns_its_figures_or_raises_what_refused_it(client):
+    with ThreadPoolExecutor(3) as pool:
+        good, refused, lost = (pool.submit(client.command, name) for name in ("stats", "sleep", "load"))
+        first = host()
+        eventually(lambda: len(first.sent) == 3)
+        ids = {request.name: request.id for request in first.sent}
+        first.replies.put(Result(ids["stats"], {"running": 2}))
+        first.replies.put(Failed(ids["sleep"], "server", "not now"))
+        first.replies.put(Failed(ids["load"], "adapter", "gone"))
+        assert good.result() == {"running": 2}
+        with pytest.raises(EngineError, match="not now"):
+            refused.result()
+        with pytest.raises(AdapterError, match="gone"):
+            lost.result()
+
+
+def test_a_stream_shows_its_deltas_and_its_end(client):
+    shown = []
+    call = ask(client, shown.append)
+    first = host()
+    first.replies.put(Delta(call.request.id, "a"))
+    first.replies.put(done(call))
+    client.result(call)
+    eventually(lambda: len(shown) == 2)
+    assert (shown[0].text, shown[1]) == ("a", None)
+
+
+def test_a_stream_whose_reader_has_gone_hurts_nobody(client):
+    def closed(delta):
+        raise RuntimeError("Event loop is closed")
+
+    stream, other = ask(client, closed), ask(client)
+    first = host()
+    first.replies.put(Delta(stream.request.id, "a"))
+    first.replies.put(done(stream))
+    first.replies.put(done(other))
+    assert client.result(other).id == other.request.id
+
+
+# -- callers that stop waiting -----------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_caller_takes_its_request_back(client, monkeypatch):
+    call = ask(client)
+    first = host()
+
+    def interrupt(timeout=None):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(call.future, "result", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        client.result(call)
+    assert first.sent[-1] == Abort(call.request.id)
+    first.replies.put(done(call))  # which was on its way
+    other = ask(client)
+    first.replies.put(done(other))
+    assert client.result(other).id == other.request.id
+
+
+def test_a_request_taken_back_while_the_engine_starts_is_never_sent(client):
+    call, other = ask(client), ask(client)
+    client.abort(call)
+    assert [request.id for request in host().sent] == [other.request.id]
+
+
+def test_an_answer_to_a_cancelled_future_is_dropped(client):
+    call, other = ask(client), ask(client)
+    first = host()
+    assert call.future.cancel()
+    first.replies.put(done(call))
+    first.replies.put(done(other))
+    assert client.result(other).id == other.request.id
+
+
+async def test_many_event_loops_wait_for_one_engine(client):
+    def loop(number):
+        async def wait():
+            return (await asyncio.wrap_future(ask(client).future)).id
+
+        return asyncio.run(wait())
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(loop, number) for number in range(8)]
+        first = await asyncio.to_thread(host)
+        await asyncio.to_thread(eventually, lambda: len(first.sent) == 8)
+        for request in first.sent:
+            first.replies.put(Done(request.id, [], 0, 0))
+        assert len({answer.result(10) for answer in answers}) == 8
+
+
+# -- hosts that die ----------------------------------------------------------------------------------------------------
+
+
+def test_what_a_dead_host_had_not_answered_goes_to_the_next_one(client):
+    calls = [ask(client) for _ in range(4)]
+    first = host()
+    first.replies.put(done(calls[0]))
+    client.result(calls[0])
+    first.status = -9
+    second = host(1)
+    assert [request.id for request in second.sent] == [call.request.id for call in calls[1:]]
+    for call in calls[1:]:
+        second.replies.put(done(call))
+        client.result(call)
+    assert client.restarts == 1
+
+
+def test_a_request_under_which_two_hosts_died_fails_and_later_ones_go_on(client):
+    poison = ask(client)
+    host().status = -9
+    second = host(1)
+    later = ask(client)
+    second.status = 70
+    with pytest.raises(EngineDiedError, match="died with 70"):
+        client.result(poison)
+    third = host(2)
+    assert [request.id for request in third.sent] == [later.request.id]
+    third.replies.put(done(later))
+    assert client.result(later).id == later.request.id
+
+
+def test_a_request_that_follows_a_death_starts_a_host(client):
+    call = ask(client)
+    first = host()
+    first.replies.put(done(call))
+    client.result(call)
+    first.status = -9
+    eventually(lambda: not client.running)
+    assert len(StandIn.made) == 1  # nobody needs one
+    call = ask(client)
+    host(1).replies.put(done(call))
+    client.result(call)
+
+
+def test_a_stream_that_had_begun_is_not_started_over(client):
+    shown = []
+    begun, fresh = ask(client, shown.append), ask(client, shown.append)
+    first = host()
+    first.replies.put(Delta(begun.request.id, "a"))
+    eventually(lambda: shown)
+    first.status = -9
+    with pytest.raises(EngineDiedError, match="while this answer was streaming; call again"):
+        client.result(begun)
+    assert [request.id for request in host(1).sent] == [fresh.request.id]
+
+
+@pytest.mark.parametrize("how", ["refused", "died", "bug"])
+def test_a_start_that_fails_is_not_repeated_and_fails_every_call(client, how):
+    calls = [ask(client) for _ in range(3)]
+    first = host(ready=False)
+    if how == "refused":
+        first.replies.put(StartFailed("no room"))
+    elif how == "died":
+        first.status = 1
+    else:
+        first.replies.put(ZeroDivisionError("nonsense"))
+    for call in calls:
+        with pytest.raises(EngineStartError, match=r"no room|died with 1|ZeroDivisionError: nonsense"):
+            client.result(call)
+    assert (len(StandIn.made), client.running, client._pending) == (1, False, {})
+
+
+def test_no_request_is_lost_between_deaths_and_closings(client, monkeypatch):
+    """Callers in 16 threads, while hosts die after random answers: each call is answered or fails, and none hangs."""
+    stop = threading.Event()
+
+    def serve():
+        while not stop.is_set():
+            for at in list(StandIn.made):
+                if at.ended.is_set():
+                    continue
+                at.replies.put(Ready({}))
+                for request in at.sent[-5:]:
+                    at.replies.put(Done(request.id, [], 0, 0))
+                if len(at.sent) > 40:
+                    at.status = -9
+            time.sleep(0.001)
+
+    def call(number):
+        try:
+            return client.result(ask(client)) is not None
+        except EngineError:
+            return False
+
+    server = threading.Thread(target=serve)
+    server.start()
+    with ThreadPoolExecutor(16) as pool:
+        calls = [pool.submit(call, number) for number in range(1000)]
+        for _ in range(5):
+            time.sleep(0.05)
+            client.close()
+        outcomes = [call.result(30) for call in calls]
+    stop.set()
+    server.join()
+    assert outcomes.count(True) > 500
+    assert client._pending == {}
+
+
+# -- closing -----------------------------------------------------------------------------------------------------------
+
+
+def test_closing_fails_open_calls_and_the_next_call_starts_a_host(client):
+    call = ask(client)
+    first = host()
+    client.close()
+    assert first.ended.is_set()
+    with pytest.raises(EngineError, match="closed while this call was open"):
+        client.result(call)
+    call = ask(client)
+    host(1).replies.put(done(call))
+    client.result(call)
+    assert client.restarts == 0
+
+
+def test_what_an_abandoned_host_says_is_not_heard(client):
+    ask(client)
+    first = host(ready=False)
+    client.close()
+    call = ask(client)
+    first.replies.put(Ready({"device": "old"}))
+    host(1).replies.put(done(call))
+    client.result(call)
+    assert client.info == {"device": "none"}
+
+
+def test_after_ctrl_c_ended_the_program_calls_fail_and_no_engine_starts(client, monkeypatch):
+    monkeypatch.setattr(client_module, "_clients", {SETTINGS: client})
+    monkeypatch.setattr(client_module, "_interrupted", threading.Event())
+    call = ask(client)
+    host()
+    client_module._give_up_after_interrupt()
+    assert client.running  # this program ends by itself: its threads get their answers
+    monkeypatch.setattr(client_module.sys, "last_type", KeyboardInterrupt, raising=False)
+    client_module._give_up_after_interrupt()
+    with pytest.raises(EngineError, match="closed"):
+        client.result(call)
+    with pytest.raises(EngineError, match="ending after Ctrl-C"):
+        ask(client)
+    assert len(StandIn.made) == 1
+
+
+def test_equal_settings_share_a_client(client):
+    same = engine_settings(Base("stand-in", "nowhere", "main"), load_config())
+    other = engine_settings(Base("stand-in", "nowhere", "main"), load_config(), {"max_loras": 3})
+    assert engine_client(SETTINGS) is engine_client(same)
+    assert engine_client(SETTINGS) is not engine_client(other)
+    close_engines()
+
+
+# -- a real socket without a process -----------------------------------------------------------------------------------
+
+
+def test_sending_to_a_host_that_is_gone_does_not_block(monkeypatch):
+    dead = client_module._HostProcess(SETTINGS)
+    try:
+        dead.start()
+        dead.process.kill()
+        dead.process.wait()
+        began = time.monotonic()
+        dead.send(Command(1, "stats"))
+        assert time.monotonic() - began < 1
+    finally:
+        dead.stop()
+    dead.send(Command(2, "stats"))  # nor to one that is stopped
+    assert not dead.folder.exists()
+
+
+# -- the line that shows progress --------------------------------------------------------------------------------------
+
+INFO = {"vllm": "0.32.0", "device": "cpu", "max_loras": 12, "max_lora_rank": 16, "max_model_len": 2048}
+
+
+class Screen(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_is_one_moving_line_on_a_terminal(monkeypatch):
+    monkeypatch.setattr("sys.stderr", screen := Screen())
+    progress = Progress("seedling")
+    for _ in range(3):
+        progress.tick()
+    assert screen.getvalue() == "\rdspy-lora: starting vLLM for 'seedling' ... 0 s"
+    progress.done(INFO)
+    progress.stop()
+    assert screen.getvalue().count("\n") == 1
+    assert "12 adapter slots, rank up to 16, context 2048" in screen.getvalue()
+
+
+def test_progress_is_two_lines_in_a_file_and_ends_its_line_where_a_start_fails(monkeypatch):
+    monkeypatch.setattr("sys.stderr", log := io.StringIO())
+    progress = Progress("seedling")
+    progress.tick()
+    progress.done(INFO)
+    progress.stop()
+    assert [line.split(" (")[0] for line in log.getvalue().splitlines()] == [
+        "dspy-lora: starting vLLM for 'seedling'",
+        "dspy-lora: vLLM 0.32.0 serves 'seedling' on cpu after 0 s",
+    ]
+    monkeypatch.setattr("sys.stderr", screen := Screen())
+    failed = Progress("seedling")
+    failed.tick()
+    failed.stop()
+    failed.stop()
+    assert screen.getvalue().endswith("0 s\n")
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_progress_does_without_a_standard_error(monkeypatch, closed):
+    screen = io.StringIO()
+    screen.close()
+    monkeypatch.setattr("sys.stderr", screen if closed else None)
+    progress = Progress("seedling")
+    progress.tick()
+    progress.done(INFO)
+    progress.stop()
+
+
+# -- words -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_error_in_the_log_is_the_cause():
+    log = (
+        "(Worker pid=7) INFO 11-24 09:06:04 [x.py:1] fine\n"
+        "(EngineCore pid=5) ERROR 11-24 09:06:06 [core.py:9] ValueError: too small\n"
+        "(MainProcess pid=3) ERROR 11-24 09:06:07 [y.py:1] RuntimeError: failed. See root cause above.\n"
+    )
+    assert root_cause("RuntimeError: failed. See root cause above.", log) == "ValueError: too small"
+    assert root_cause("RuntimeError: failed. See root cause above.", "nothing") != ""
+    assert root_cause("ConfigError: plain", log) == "ConfigError: plain"
+
+
+def test_a_log_is_shown_by_its_end():
+    assert last_lines("\n".join(map(str, range(100)))).splitlines() == [str(line) for line in range(80, 100)]
+    assert last_lines("") == "(empty)"
+
+
+def test_advice_is_given_where_the_cause_is_known():
+    assert "kv_cache_gib" in advice("ValueError: larger than the available KV cache memory", "")
+    assert "--shm-size" in advice("", "Insufficient space in /dev/shm for a buffer")
+    assert advice("something else", "") == ""
+    assert ending(3) == "ended with status 3"
+    assert "memory runs out" in ending(-9)
+    assert ending(-11) == "was killed by SIGSEGV"

@@ -1,0 +1,106 @@
+"""The settings of an engine: the configuration's ``serving`` section under what a caller gives."""
+
+import json
+import pickle
+
+import pytest
+
+from dspy_lora.adapters.base import Base
+from dspy_lora.config import load_config
+from dspy_lora.engine.settings import check_engine_args, engine_settings
+from dspy_lora.errors import ConfigError
+
+BASE = Base("seedling", "/models/seedling", "0123456789ab")
+
+
+def settings(**overrides):
+    return engine_settings(BASE, load_config(), overrides)
+
+
+def test_defaults_leave_the_choice_to_the_engine():
+    found = settings()
+    assert found.engine_args == {"trust_remote_code": False}
+    assert (found.kv_cache_gib, found.tool_parser, found.reasoning_parser) == (1.0, None, None)
+    assert found.start_timeout_s == 600.0
+
+
+def test_a_caller_overrides_the_configuration_and_its_environment(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lora_config.yaml").write_text("serving: {max_loras: 4, max_num_seqs: 8, dtype: float32}")
+    monkeypatch.setenv("DSPY_LORA_SERVING__MAX_NUM_SEQS", "16")
+    args = settings(dtype="bfloat16").engine_args
+    assert (args["max_loras"], args["max_num_seqs"], args["dtype"]) == (4, 16, "bfloat16")
+
+
+def test_a_setting_is_taken_back_with_none(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lora_config.yaml").write_text("serving: {max_loras: 4}")
+    assert "max_loras" not in settings(max_loras=None).engine_args
+
+
+def test_our_own_settings_are_no_arguments_of_vllm():
+    found = settings(kv_cache_gib=0.5, tool_parser="hermes", reasoning_parser="qwen3", start_timeout_s=30)
+    assert found.engine_args == settings().engine_args
+    assert (found.kv_cache_gib, found.tool_parser, found.reasoning_parser) == (0.5, "hermes", "qwen3")
+    assert found.start_timeout_s == 30.0
+
+
+def test_any_argument_of_vllm_is_handed_on():
+    assert settings(swap_space=2, hf_overrides={"rope_theta": 1.0}).engine_args == {
+        "trust_remote_code": False,
+        "swap_space": 2,
+        "hf_overrides": {"rope_theta": 1.0},
+    }
+
+
+def test_equal_settings_are_one_key_whatever_their_order():
+    one, other = settings(max_loras=2, seed=1), settings(seed=1, max_loras=2)
+    assert (one, hash(one)) == (other, hash(other))
+    assert one != settings(max_loras=3, seed=1)
+    assert pickle.loads(pickle.dumps(one)) == one  # noqa: S301
+
+
+def test_the_host_reads_what_was_set():
+    read = json.loads(settings(max_loras=2, kv_cache_gib=0.25).to_json())
+    assert read["base"]["path"] == "/models/seedling"
+    assert read["kv_cache_gib"] == 0.25
+    assert json.loads(read["args"])["max_loras"] == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("max_loras", "many"),
+        ("max_loras", 0),
+        ("max_lora_rank", 20),
+        ("kv_cache_gib", 0),
+        ("gpu_memory_utilization", 2),
+    ],
+)
+def test_a_value_that_is_not_allowed_is_refused_by_its_name(key, value):
+    with pytest.raises(ConfigError, match=key) as caught:
+        settings(**{key: value})
+    assert repr(value) in str(caught.value)
+
+
+def test_a_value_that_is_not_json_is_refused():
+    with pytest.raises(ConfigError, match=r"not allowed: .*not JSON serializable"):
+        settings(hf_overrides={1, 2})
+
+
+def test_the_base_model_is_no_setting_of_the_engine():
+    with pytest.raises(ConfigError, match="LoRALM's first argument"):
+        settings(model="other")
+
+
+def test_settings_that_are_no_mapping_are_refused():
+    with pytest.raises(ConfigError, match="max_loras"):
+        engine_settings(BASE, load_config(), ["max_loras"])
+
+
+def test_an_argument_that_vllm_does_not_know_is_refused_with_the_near_ones():
+    check_engine_args({"max_loras": 1}, {"max_loras", "max_model_len"})
+    with pytest.raises(
+        ConfigError, match=r"engine=\{'max_lora': ...\} is no setting of this vLLM. Did you mean 'max_lo"
+    ):
+        check_engine_args({"max_lora": 1}, {"max_loras", "max_model_len"})

@@ -1,0 +1,34 @@
+"""What README and examples/ show runs, in a process of its own as a user would start it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.timeout(600)
+
+
+def run(*words: str) -> str:
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=550, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def test_quickstart_fits_a_screen_and_answers():
+    assert len((ROOT / "examples/quickstart.py").read_text().splitlines()) <= 40
+    out = run("examples/quickstart.py")
+    assert "intent='card_arrival'" in out
+    assert "team='cards'" in out
+    assert "clause='governing law'" in out
+
+
+def test_the_demo_answers_all_questions_twice():
+    from dspy_lora.demo import QUESTIONS
+
+    out = run("-m", "dspy_lora.cli", "demo")
+    table = [line for line in out.splitlines() if line.split(" ")[0] in QUESTIONS]
+    assert len(table) == sum(map(len, QUESTIONS.values()))
+    assert "24 of 24 answers are the same" in out
