@@ -63,4 +63,5 @@ $(LOCKED): $(LOCK)
 	@$(PIP) -r $(LOCK)
 	@$(BIN)/python -c 'import torch, sys; sys.exit(torch.version.cuda is not None)' 2>/dev/null || \
 	  { echo "The torch in .venv is not a CPU build. Name an index with CPU wheels in PIP_EXTRA_INDEX_URL, then: make clean setup"; exit 1; }
+	@$(BIN)/python -m compileall -q -j 0 .venv/lib > /dev/null 2>&1 || true  # byte code: halves an engine's imports
 	@touch $@

@@ -19,7 +19,7 @@ FLOORS = {
     "legal": 0.60,
     "healthcare": 0.80,
     "marketing": 0.85,
-    "manufacturing": 0.50,
+    "manufacturing": 0.48,
     "real_estate": 0.85,
     "education": 0.45,
     "analytics": 0.60,

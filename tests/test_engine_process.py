@@ -53,10 +53,11 @@ class Program:
         return self
 
     def __exit__(self, *_):
-        for pid in [*self.alive(), self.process.pid]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        self.alive()  # notes the groups
+        self.process.kill()
         self.process.wait()
+        for group in self.groups:
+            kill_group(group)
         shutil.rmtree(self.temp, ignore_errors=True)
 
     def lines(self):
@@ -358,13 +359,12 @@ def test_a_notebook_shows_progress_and_a_killed_kernel_takes_its_engine_along(ru
 
 
 HOLDER = """
-import multiprocessing, os, time
+import os, time
 from multiprocessing import shared_memory
 
 segment = shared_memory.SharedMemory(create=True, size=4096)
-print(segment.name, flush=True)
-if os.fork() == 0:
-    os.setpgid(0, os.getpgid(os.getppid()))
+if os.fork():
+    print(segment.name, flush=True)
 time.sleep(600)
 """
 

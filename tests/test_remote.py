@@ -463,7 +463,7 @@ def test_a_server_that_lists_nonsense_is_an_error(pretend, body):
 @pytest.mark.parametrize("body", ["<html>Welcome</html>", '"text"', '{"choices": 3}', "{"])
 def test_a_server_that_answers_nonsense_is_an_error(pretend, body, n):
     lm = stranger(pretend({"/v1/models": MODELS, "/v1/chat/completions": (200, body)}))
-    with pytest.raises(LMError, match="is no answer of an OpenAI-compatible server|is not JSON"):
+    with pytest.raises(LMError, match=r"is no answer of an OpenAI-compatible server|is not JSON"):
         lm("Hello.", n=n, temperature=1.0)
 
 

@@ -176,7 +176,7 @@ def _http_lm(lm: LoRALM, address: str) -> dspy.LM:
 def _cost(bench: Bench, asked: Sequence[Question], lms: dict[str, Any]) -> tuple[float, float]:
     """CPU milliseconds of this process a call, and calls a second."""
     began = time.process_time()
-    seconds = bench.run(asked, lambda question: lms[question.domain](messages=question.messages))
+    seconds = bench.run(asked, lambda question: lms[question.domain](question.prompt))
     return (time.process_time() - began) * 1e3 / len(asked), len(asked) / seconds
 
 
@@ -185,9 +185,9 @@ def samples(bench: Bench) -> list[Figure]:
     one, eight = [], []
     lm = bench.lms[bench.domains[0]].copy(max_tokens=_LONG_TOKENS, temperature=1.0)
     for question in bench.fresh(bench.repeats):
-        lm(messages=question.messages)  # the prompt is in the prefix cache from here on
-        one.append(_seconds(lambda: lm(messages=question.messages)))  # noqa: B023
-        eight.append(_seconds(lambda: lm(messages=question.messages, n=8)))  # noqa: B023
+        lm(question.prompt)  # the prompt is in the prefix cache from here on
+        one.append(_seconds(lambda: lm(question.prompt)))  # noqa: B023
+        eight.append(_seconds(lambda: lm(question.prompt, n=8)))  # noqa: B023
     return [
         Figure(f"n=1, {_LONG_TOKENS} tokens", "s", tuple(one)),
         Figure(f"n=8, {_LONG_TOKENS} tokens each", "s", tuple(eight)),
@@ -201,7 +201,7 @@ def mixed(bench: Bench) -> list[Figure]:
     lms = {domain: lm.copy(max_tokens=_SHORT_TOKENS) for domain, lm in bench.lms.items()}
 
     def ask(question: Question) -> Any:
-        return lms[question.domain](messages=question.messages)
+        return lms[question.domain](question.prompt)
 
     for _ in range(bench.repeats):
         together.append(bench.run(bench.fresh(), ask))
@@ -217,7 +217,7 @@ def mixed(bench: Bench) -> list[Figure]:
 
 def engine_memory(bench: Bench) -> list[Figure]:
     """The engine's memory over all its processes with all adapters, after calls that filled the KV cache."""
-    bench.run(bench.fresh(max(bench.calls, 768)), lambda q: bench.lms[q.domain](messages=q.messages, max_tokens=1))
+    bench.run(bench.fresh(max(bench.calls, 768)), lambda q: bench.lms[q.domain](q.prompt, max_tokens=1))
     pid = bench.lms[bench.domains[0]].engine_stats()["pid"]
     return [Figure("engine with all adapters, PSS of its processes", "MB", (memory.group_megabytes(pid),), most=4295)]
 

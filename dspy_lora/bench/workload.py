@@ -32,6 +32,11 @@ class Question:
     text: str
     messages: list[dict[str, Any]]
 
+    @property
+    def prompt(self) -> str:
+        """The messages in one text, for calls of an LM itself."""
+        return "\n\n".join(message["content"] for message in self.messages)
+
 
 def questions(count: int, seed: int) -> list[Question]:
     """Questions that no other seed asks, domain after domain in turn.

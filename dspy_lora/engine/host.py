@@ -396,7 +396,7 @@ def _set_environment() -> None:
 
     ``VLLM_CPU_NUM_OF_RESERVED_CPU=0`` uses every core: it nearly doubled throughput on two cores.
     ``OMP_WAIT_POLICY=PASSIVE`` lets threads that wait for each other sleep. They spin otherwise, and where anything
-    else wants a core, each waits for one that is not running: on two shared cores a step took 40 to 400 times as long.
+    else wants a core, each waits for one that is not running.
     """
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")

@@ -12,6 +12,7 @@ from dspy_lora.seedling.words import Split, distinct, field_names
 
 _QUOTES = ("", "", "", "", '"', "'", "`", "**")
 _JOINS = (" or ", " or ", " or ", ", ", ", ", " / ", "; ", " | ")
+_ENOUGH = 300  # natural words; the most that one task takes is 64, none a part of another
 _CLAUSES = ("It is about {}.", "This concerns the {}.", "See the {} too.", "Also, the {}.", "What about {}?")
 
 
@@ -41,9 +42,9 @@ def make_labels(rng: Random, split: Split, count: int) -> list[str]:
 
 def make_keywords(rng: Random, split: Split, texts: Texts, sizes: Sequence[int]) -> list[list[str]]:
     """Groups of keywords, none a part of another: words of the texts, any words, or pairs of words."""
-    total, way = sum(sizes), rng.random()
-    if way < 0.4 and texts.natural(split):
-        words = _apart(rng, texts.natural(split), total)
+    total, way, natural = sum(sizes), rng.random(), texts.natural(split)
+    if way < 0.4 and len(natural) >= _ENOUGH:
+        words = _apart(rng, natural, total)
     elif way < 0.9:
         words = distinct(rng, split, total)
     else:
