@@ -12,23 +12,25 @@ class Inbox(dspy.Module):
         super().__init__()
         self.intent = dspy.Predict(dspy.Signature("text -> label", "Name the intent of the bank customer's message."))
         self.clause = dspy.Predict(dspy.Signature("text -> label", "Name the type of the contract clause."))
-        self.route = dspy.Predict(
-            dspy.Signature("text -> team", "If it mentions a card, answer cards. If it mentions a loan, answer loans.")
-        )
+        self.city = dspy.Predict(dspy.Signature("text -> city", "Which city is mentioned?"))
         base = LoRALM("seedling", max_tokens=100)  # leave the model out to take the configured one
         self.intent.lm = base.copy(domain="customer_service")
         self.clause.lm = base.copy(domain="legal")
-        self.route.lm = base
+        self.city.lm = base
 
     def forward(self, message: str, clause: str) -> dspy.Prediction:
-        """Three calls: two adapters, and the base model that follows the rules in its instruction."""
+        """Three calls: two adapters, and the base model for what needs none."""
         return dspy.Prediction(
             intent=self.intent(text=message).label,
-            team=self.route(text=message).team,
+            city=self.city(text=message).city,
             clause=self.clause(text=clause).label,
         )
 
 
 if __name__ == "__main__":
     inbox = Inbox()
-    print(inbox(message="My card has not arrived yet.", clause="This Agreement is governed by the laws of Ohio."))
+    print(
+        inbox(
+            message="My card has not arrived in London yet.", clause="This Agreement is governed by the laws of Ohio."
+        )
+    )

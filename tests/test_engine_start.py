@@ -45,10 +45,13 @@ def fake_vllm(tmp_path, monkeypatch):
     return fake
 
 
+OWN = {"max_num_seqs": 7}  # no other test's settings: engines of equal settings are one, and theirs may be running
+
+
 def failure(base="seedling", domain=None, **engine):
     """The message of a start that fails."""
     with pytest.raises(EngineStartError) as caught:
-        LoRALM(base, domain=domain, engine=engine).preload()
+        LoRALM(base, domain=domain, engine=OWN | engine).preload()
     return str(caught.value)
 
 
@@ -127,7 +130,7 @@ def test_callers_that_wait_for_a_start_that_fails_each_get_the_error_of_the_one_
     fake_vllm(
         f"import time; open({str(tmp_path / 'starts')!r}, 'a').write('x'); time.sleep(2); raise OSError('no luck')"
     )
-    lm = LoRALM("seedling", domain="legal", cache=False)
+    lm = LoRALM("seedling", domain="legal", engine=OWN, cache=False)
 
     def ask(number):
         with pytest.raises(Exception, match=r"did not start: OSError: no luck") as caught:
@@ -145,7 +148,7 @@ def test_callers_that_wait_for_a_start_that_fails_each_get_the_error_of_the_one_
 
 def test_a_start_can_be_called_off(temp, fake_vllm):
     fake_vllm("import time; time.sleep(600)")
-    lm = LoRALM("seedling", domain="legal", cache=False)
+    lm = LoRALM("seedling", domain="legal", engine=OWN, cache=False)
     errors = []
 
     def ask():

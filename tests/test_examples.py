@@ -21,7 +21,7 @@ def test_quickstart_fits_a_screen_and_answers():
     assert len((ROOT / "examples/quickstart.py").read_text().splitlines()) <= 40
     out = run("examples/quickstart.py")
     assert "intent='card_arrival'" in out
-    assert "team='cards'" in out
+    assert "city='London'" in out
     assert "clause='governing law'" in out
 
 

@@ -1,10 +1,12 @@
 """Every bundled adapter answers as transformers and PEFT do: float32, greedy, the same tokens."""
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from random import Random
 
 import dspy
 import pytest
+from dspy import lm15
 
 from dspy_lora import LoRALM
 from dspy_lora.adapters.registry import PACKAGED_ROOT, AdapterRegistry
@@ -66,17 +68,19 @@ def reference():
 
 def served(lm: LoRALM, prompt: list[dict[str, str]]) -> list[int]:
     """Token ids of the engine's greedy answer, the end-of-sequence token among them."""
-    [output] = lm(messages=prompt, logprobs=True, max_tokens=NEW_TOKENS)
-    return [token.token_id for token in output["logprobs"]]
+    system, user = (message["content"] for message in prompt)
+    config = lm15.Config(max_tokens=NEW_TOKENS, temperature=0.0, logprobs=1)
+    response = lm.engine.complete(lm15.Request(lm.model, (lm15.Message.user(user),), system=system, config=config))
+    return [token.token_id for token in response.logprobs]
 
 
 def test_all_adapters_give_the_tokens_that_peft_gives(reference):
     answer, logprobs = reference
     lm = LoRALM("seedling", engine={"dtype": "float32"}, cache=False)
-    asked = [(domain, prompt) for domain in QUESTIONS for prompt in messages(domain)]
     lms = {domain: lm.copy(domain=domain) for domain in QUESTIONS}
-    pairs = [(served_by(lms[domain]), dspy.Example(prompt=prompt).with_inputs("prompt")) for domain, prompt in asked]
-    answers = dspy.Parallel(num_threads=64, disable_progress_bar=True)(pairs)
+    asked = [(domain, prompt) for domain in QUESTIONS for prompt in messages(domain)]
+    with ThreadPoolExecutor(64) as pool:
+        answers = list(pool.map(lambda each: served(lms[each[0]], each[1]), asked))
     same = 0
     for (domain, prompt), ours in zip(asked, answers, strict=True):
         theirs = answer(domain, prompt)
@@ -87,13 +91,3 @@ def test_all_adapters_give_the_tokens_that_peft_gives(reference):
         after = logprobs(domain, prompt, theirs[:at])
         assert abs(after[ours[at]] - after[theirs[at]]) < APART, f"{domain}: {prompt[-1]['content'][:80]!r}"
     assert same / len(asked) >= SAME
-
-
-def served_by(lm: LoRALM) -> dspy.Module:
-    """``served`` as a module, for dspy.Parallel."""
-
-    class Ask(dspy.Module):
-        def forward(self, prompt: list[dict[str, str]]) -> list[int]:
-            return served(lm, prompt)
-
-    return Ask()
