@@ -49,4 +49,6 @@ def test_adapters_reach_their_figures_on_real_rows_in_one_mixed_batch(data_root,
         hits[domain] += label == row["label"]
     reached = {domain: hits[domain] / len(rows[domain]) for domain in FLOORS}
     assert all(reached[domain] >= FLOORS[domain] for domain in FLOORS), reached
-    assert set(base.engine_stats()["adapters"]) >= {programs[domain].lm.adapter.ref for domain in FLOORS}
+    resident = base.engine_stats()["adapters"]
+    base.kill()
+    assert set(resident) >= {programs[domain].lm.adapter.ref for domain in FLOORS}

@@ -81,6 +81,7 @@ def test_all_adapters_give_the_tokens_that_peft_gives(reference):
     asked = [(domain, prompt) for domain in QUESTIONS for prompt in messages(domain)]
     with ThreadPoolExecutor(64) as pool:
         answers = list(pool.map(lambda each: served(lms[each[0]], each[1]), asked))
+    lm.kill()
     same = 0
     for (domain, prompt), ours in zip(asked, answers, strict=True):
         theirs = answer(domain, prompt)
