@@ -394,7 +394,7 @@ def _watch_parent(folder: str) -> None:
 def _set_environment() -> None:
     """Sets what vLLM and OpenMP read from the environment, unless the user did. To be called before vLLM is imported.
 
-    ``VLLM_CPU_NUM_OF_RESERVED_CPU=0`` uses every core: it nearly doubled throughput on two cores.
+    ``VLLM_CPU_NUM_OF_RESERVED_CPU=0`` uses every core; vLLM leaves one idle otherwise.
     ``OMP_WAIT_POLICY=PASSIVE`` lets threads that wait for each other sleep. They spin otherwise, and where anything
     else wants a core, each waits for one that is not running.
     """

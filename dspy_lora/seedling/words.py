@@ -31,7 +31,6 @@ CITIES = (
     "Helsinki Zurich Milan Geneva Munich Hamburg Porto Seville Kyoto Hanoi Manila Jakarta Accra Tunis Doha "
     "Dubai Riga Tallinn Vilnius"
 ).split()
-MONTHS = "January February March April May June July August September October November December".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 COLORS = "red blue green yellow black white brown grey orange purple pink silver golden violet amber".split()
 
