@@ -1,7 +1,7 @@
 """Training rows: 2,048 tokens of text, or chats packed end to end, from worker processes that never run dry."""
 
 import queue
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dspy_lora.seedling.chats import chats
+from dspy_lora.seedling.chats import Chat, chats
 from dspy_lora.seedling.sentences import Texts
 from dspy_lora.seedling.tokenizer import END_OF_TEXT, chat_pieces
 
@@ -32,6 +32,14 @@ class Rows:
     weights: Any
     documents: Any
 
+    def __getitem__(self, part: slice) -> "Rows":
+        return Rows(self.tokens[part], self.weights[part], self.documents[part])
+
+
+def joined(*parts: Rows) -> Rows:
+    """All rows of the parts."""
+    return Rows(*(np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])))
+
 
 def text_rows(tokens: Any, count: int, rng: Any) -> Rows:
     """Random windows of the tokenised text, each one document."""
@@ -40,12 +48,10 @@ def text_rows(tokens: Any, count: int, rng: Any) -> Rows:
     return Rows(rows, np.ones_like(rows, dtype=np.float16), np.zeros_like(rows, dtype=np.int16))
 
 
-def chat_rows(seed: int, corpus: Texts, tokenizer: Any, prompt_weight: float) -> Iterator[Rows]:
+def chat_rows(source: Iterable[Chat], tokenizer: Any, prompt_weight: float) -> Iterator[Rows]:
     """Chats in packed rows, a chunk at a time; a chat that does not fit the row opens the next one."""
     encode = tokenizer.backend_tokenizer.encode
     [separator] = encode(END_OF_TEXT).ids
-    rng = Random(seed)
-    source = chats(rng, "train", corpus)
     rows: list[tuple[list[int], list[float], list[int]]] = []
     row: tuple[list[int], list[float], list[int]] = ([], [], [])
     document = 0
@@ -68,8 +74,13 @@ def chat_rows(seed: int, corpus: Texts, tokenizer: Any, prompt_weight: float) ->
         row[2].extend([document] * len(ids))
         document += 1
         if len(rows) == _CHUNK:
-            yield Rows(*(_pad(column, kind) for column, kind in zip(zip(*rows, strict=True), _KINDS, strict=True)))
+            yield _padded(rows)
             rows = []
+    yield _padded([*rows, row])
+
+
+def _padded(rows: list[tuple[list[int], list[float], list[int]]]) -> Rows:
+    return Rows(*(_pad(column, kind) for column, kind in zip(zip(*rows, strict=True), _KINDS, strict=True)))
 
 
 _KINDS = (np.uint16, np.float16, np.int16)
@@ -102,6 +113,7 @@ class ChatPool:
         context = multiprocessing.get_context("fork")
         self._queue = context.Queue(maxsize=300)
         self._kept: list[Rows] = []
+        self._left: Rows | None = None
         self._rng = Random(seed)
         self.fresh = self.repeated = 0
         self._processes = [
@@ -115,12 +127,11 @@ class ChatPool:
 
     def take(self, count: int) -> Rows:
         """``count`` rows; fresh ones where there are, else earlier ones again."""
-        chunks = [self._chunk() for _ in range(-(-count // _CHUNK))]
-        joined = (
-            np.concatenate([getattr(chunk, name) for chunk in chunks]) for name in ("tokens", "weights", "documents")
-        )
-        tokens, weights, documents = joined
-        return Rows(tokens[:count], weights[:count], documents[:count])
+        have = self._left
+        while have is None or len(have.tokens) < count:
+            have = self._chunk() if have is None else joined(have, self._chunk())
+        self._left = have[count:]
+        return have[:count]
 
     def _chunk(self) -> Rows:
         try:
@@ -148,5 +159,5 @@ def _work(out: Any, seed: int, corpus: Texts, folder: Path, prompt_weight: float
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    for chunk in chat_rows(seed, corpus, tokenizer, prompt_weight):
+    for chunk in chat_rows(chats(Random(seed), "train", corpus), tokenizer, prompt_weight):
         out.put(chunk)

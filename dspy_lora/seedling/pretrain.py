@@ -16,14 +16,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from dspy_lora.seedling.bars import ADAPTERS, questions
+from dspy_lora.seedling.chats import Chat
 from dspy_lora.seedling.network import CONFIG, Llama, Mask, mask_within
-from dspy_lora.seedling.packing import ROW, ChatPool, Rows, text_rows
+from dspy_lora.seedling.packing import ROW, ChatPool, Rows, chat_rows, joined, text_rows
+from dspy_lora.seedling.rules import rules_task
 from dspy_lora.seedling.sentences import Texts, read_texts, split_sentences, textbook_passages
 from dspy_lora.seedling.tokenizer import END_OF_TEXT, train_tokenizer
 
 _WARM_UP = 0.02  # share of the run
-_CHAT_SHARE = ((0.0, 0.25), (0.5, 0.7), (1.0, 0.9))  # (progress, share of rows that are chats)
+_CHAT_SHARE = ((0.0, 0.25), (0.15, 0.4), (0.35, 0.85), (1.0, 0.95))  # (progress, share of rows that are chats)
 _SHARD = 15 * 10**6  # bytes
+_EXAM, _EXAM_EVERY = 300, 30  # held-out questions on rules, and the seconds between two looks at them
 
 
 def corpus_of(texts: list[str]) -> Texts:
@@ -101,6 +105,38 @@ class Trainer:
         return torch.cat(shown)
 
 
+    @torch.no_grad()
+    def share_right(self, rows: Rows) -> float:
+        """Share of the rows' chats of which every token that counts is the most likely one."""
+        right, chats = 0, 0
+        for at in range(0, len(rows.tokens), 8):
+            tokens = torch.from_numpy(rows.tokens[at : at + 8].astype(np.int64)).to(self.device)
+            documents = torch.from_numpy(rows.documents[at : at + 8].astype(np.int32)).to(self.device)
+            counts = torch.from_numpy(rows.weights[at : at + 8] >= 1).to(self.device)[:, 1:]
+            with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
+                mask = mask_within(documents[:, :-1], flex=False)
+                guess = self.network(tokens[:, :-1], positions_of(documents)[:, :-1], mask).argmax(-1)
+            wrong = (guess != tokens[:, 1:]) & counts
+            for number in range(int(documents.max()) + 1):
+                inside = documents[:, 1:] == number
+                chats += int(inside.any(1).sum())
+                right += int((inside.any(1) & ~(wrong & inside).any(1)).sum())
+        return right / chats
+
+
+def exam(tokenizer: Any) -> Rows:
+    """The first held-out questions of ``bars`` about rules, as ChatAdapter writes them; only the answers count."""
+    adapter = ADAPTERS["ChatAdapter"]
+    chats = []
+    for question in questions(1, _EXAM, rules_task):
+        messages = adapter.format(question.signature, question.demos, question.inputs)
+        answer = adapter.format_assistant_message_content(
+            question.signature, {name: question.row[name] for name in question.signature.output_fields}
+        )
+        chats.append(Chat("exam", [*messages, {"role": "assistant", "content": answer}], learn_all=False))
+    return joined(*chat_rows(chats, tokenizer, 0.0))
+
+
 def positions_of(documents: torch.Tensor) -> torch.Tensor:
     """Positions that begin at zero in every document of a row, [rows, tokens]."""
     index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
@@ -150,7 +186,8 @@ def train(args: argparse.Namespace) -> None:
     corpus = corpus_of(texts)
     corpus.natural("train")  # indexed once, before the workers fork
     pool = ChatPool(args.workers, corpus, args.tokenizer, args.seed, args.prompt_weight)
-    tokens = tokenise(texts, AutoTokenizer.from_pretrained(args.tokenizer))
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    tokens, held_out = tokenise(texts, tokenizer), exam(tokenizer)
     print(
         f"{len(tokens):,} tokens of text, {len(corpus.sentences):,} sentences, {len(corpus.passages):,} passages",
         flush=True,
@@ -163,12 +200,12 @@ def train(args: argparse.Namespace) -> None:
     rng = np.random.default_rng(args.seed)
     began = warm = time.monotonic()
     step, seen, shown = 0, 0, time.monotonic()
+    examined = shown
     while (progress := (time.monotonic() - began) / (deadline - began)) < 1 and step < args.steps:
         chats = round(args.rows * chat_share(progress))
         text, chat = text_rows(tokens, args.rows - chats, rng), pool.take(chats)
         chat.weights = np.where(chat.weights >= 1, args.answer_weight, chat.weights).astype(np.float16)
-        rows = Rows(*(np.concatenate([getattr(text, n), getattr(chat, n)]) for n in ("tokens", "weights", "documents")))
-        losses = trainer.step(rows, progress, args.parts)
+        losses = trainer.step(joined(text, chat), progress, args.parts)
         step, seen = step + 1, seen + args.rows * ROW
         if step == 3:  # compiling does not count
             began = warm = time.monotonic()
@@ -186,7 +223,11 @@ def train(args: argparse.Namespace) -> None:
             )
             if not math.isfinite(t + c):
                 sys.exit("the loss is not finite")
+        if time.monotonic() - examined > _EXAM_EVERY:
+            examined = time.monotonic()
+            print(f"{progress:6.1%} held-out rules followed {trainer.share_right(held_out):.1%}", flush=True)
     pool.close()
+    print(f"100.0% held-out rules followed {trainer.share_right(held_out):.1%}", flush=True)
     save(trainer.network, args.out)
     torch.save(trainer.network.state_dict(), args.out / "weights.pt")
 
@@ -205,8 +246,8 @@ def main() -> None:
     parser.add_argument("--parts", type=int, default=1, help="pieces a step is computed in")
     parser.add_argument("--flex", action="store_true", help="FlexAttention instead of dense masks; needs a GPU")
     parser.add_argument("--rate", type=float, default=3e-3)
-    parser.add_argument("--answer-weight", type=float, default=3.0)
-    parser.add_argument("--prompt-weight", type=float, default=0.1)
+    parser.add_argument("--answer-weight", type=float, default=20.0)
+    parser.add_argument("--prompt-weight", type=float, default=0.0)
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--characters", type=int, default=10**9, help="take less of each text, for a trial")
     parser.add_argument("--seed", type=int, default=0)

@@ -147,6 +147,15 @@ class Texts:
         return self.sentences[start : start + count]
 
 
+class _FewWords(Texts):
+    """Texts of two to eight words without order: what a rule asks for is easy to find in them."""
+
+    def text(self, rng: Random, split: Split) -> str:
+        return " ".join(word(rng, split) for _ in range(rng.randint(2, 8)))
+
+
+FEW_WORDS = _FewWords()
+
 _BOOK = re.compile(
     r"(?m)^(?:Customization\n)?([A-Z][A-Za-z ,:&'-]{4,48}?)(?: \d?e)? is licensed under a Creative Commons"
 )

@@ -240,7 +240,7 @@ _CHOOSE = {
 def option_task(rng: Random, split: Split, texts: Texts) -> Task:
     """The option that fits: which contains a word, which fits a gap, which sentence comes next."""
     [source, options], [target] = field_names(rng, split, 2, 1)
-    what = rng.choice(("mention", "gap", "gap", "next", "next") if texts.sentences else ("mention",))
+    what = rng.choice(("mention", "mention", "mention", "gap", "next") if texts.sentences else ("mention",))
     letters = rng.random() < 0.4
     rows = [_choice(rng, split, texts, what, source, options, target, letters) for _ in range(ROWS)]
     instruction = pick(rng, _CHOOSE[what], split).format(s=source) + (" Answer with the letter." if letters else "")

@@ -16,7 +16,7 @@ Maker = Callable[[Random, Split, Texts], Task]
 
 # Share of each sort of task.
 KINDS: dict[Maker, float] = {
-    rules.rules_task: 0.36,
+    rules.rules_task: 0.40,
     rules.described_task: 0.03,
     rules.field_rules_task: 0.03,
     rules.unless_task: 0.04,
@@ -27,9 +27,9 @@ KINDS: dict[Maker, float] = {
     skills.contains_task: 0.05,
     skills.list_task: 0.06,
     skills.lookup_task: 0.05,
-    skills.option_task: 0.05,
+    skills.option_task: 0.03,
     skills.compare_task: 0.02,
-    skills.topic_task: 0.05,
+    skills.topic_task: 0.03,
     skills.several_task: 0.08,
 }
 
