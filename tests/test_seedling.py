@@ -15,7 +15,7 @@ from dspy.utils.exceptions import AdapterParseError
 
 from dspy_lora.adapters.registry import PACKAGED_ROOT, AdapterRegistry
 from dspy_lora.config import load_config
-from dspy_lora.seedling import wordings
+from dspy_lora.seedling import phrases, wordings
 from dspy_lora.seedling.bars import ADAPTERS, questions, report
 from dspy_lora.seedling.chats import chats, signature
 from dspy_lora.seedling.rules import has_any, make_rules, rules_task, text_with
@@ -49,6 +49,21 @@ def test_words_and_wordings_are_split_without_overlap():
     drawn = [{pick(Random(seed), wordings.RULE, split) for seed in range(800)} for split in ("train", "heldout")]
     assert not drawn[0] & drawn[1]
     assert drawn[0] | drawn[1] == set(wordings.RULE)
+
+
+@pytest.mark.parametrize(
+    ("make", "written"),
+    [(phrases.rule, wordings.RULE), (phrases.default, wordings.DEFAULT), (phrases.labels, wordings.LABELS)],
+)
+def test_training_composes_wordings_and_sees_none_that_is_held_out(make, written):
+    drawn = {split: {make(Random(seed), split) for seed in range(3000)} for split in ("train", "heldout")}
+    assert drawn["heldout"] <= set(written)
+    assert not drawn["train"] & drawn["heldout"]
+    assert len(drawn["train"]) > 3 * len(written)
+    places = {"{w}": 1} if make is phrases.rule else {}
+    for wording in drawn["train"]:
+        assert wording.count("{}" if make is phrases.labels else "{l}") == 1
+        assert all(wording.count(place) == count for place, count in places.items())
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
@@ -122,7 +137,7 @@ def test_pieces_put_together_are_the_chat_template(tokenizer):
 def test_a_training_row_learns_answers_and_keeps_documents_apart(tokenizer):
     from dspy_lora.seedling.packing import ROW, chat_rows
 
-    rows = next(chat_rows(5, Texts(), tokenizer, prompt_weight=0.0))
+    rows = next(chat_rows(chats(Random(5), "train", Texts()), tokenizer, prompt_weight=0.0))
     assert rows.tokens.shape == rows.weights.shape == rows.documents.shape == (16, ROW + 1)
     learned = tokenizer.decode(rows.tokens[0][rows.weights[0] > 0])
     prompt = tokenizer.decode(rows.tokens[0][rows.weights[0] == 0])

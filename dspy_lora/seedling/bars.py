@@ -1,6 +1,6 @@
 """What the base model can do, on instructions, words and rules that its training never saw.
 
-    python -m dspy_lora.seedling.bars [--count 400]
+    python -m dspy_lora.seedling.bars [--count 400] [--model FOLDER]
 
 Every question goes through LoRALM and DSPy's own adapter, greedily. An answer has the right structure where the adapter
 parses every output field out of it with its type. It is right where, beside that, every field (``reasoning`` aside)
@@ -129,8 +129,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=400, help="questions of all sorts, and as many on rules")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", default="seedling", help="the seedling, or a folder with another one")
     args = parser.parse_args()
-    lm = LoRALM("seedling", max_tokens=300, cache=False)
+    lm = LoRALM(args.model, max_tokens=300, cache=False)
     for name, adapter in ADAPTERS.items():
         everything = ask(lm, adapter, questions(args.seed, args.count))
         rules = ask(lm, adapter, questions(args.seed + 1, args.count, rules_task))

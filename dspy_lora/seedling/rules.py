@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, Literal
 
-from dspy_lora.seedling import wordings
+from dspy_lora.seedling import phrases, wordings
 from dspy_lora.seedling.sentences import FEW_WORDS, Texts, generated
 from dspy_lora.seedling.task import ROWS, Task, pick
 from dspy_lora.seedling.words import Split, distinct, field_names
@@ -150,14 +150,14 @@ def make_rules(
     keywords = make_keywords(rng, split, texts, [rng.randint(1, top) for _ in range(ruled)])
     default = labels[-1] if ruled < count else None
     quote, quoted, join = rng.choice(_QUOTES), rng.choice(("", "", "", '"', "'")), rng.choice(_JOINS)
-    same = pick(rng, wordings.RULE, split) if rng.random() < 0.7 else None
+    same = phrases.rule(rng, split) if rng.random() < 0.7 else None
     lines = []
     for group, label in zip(keywords, labels, strict=False):
-        wording = same or pick(rng, wordings.RULE, split)
+        wording = same or phrases.rule(rng, split)
         words = written(group, quoted, join)
         lines.append(wording.format(w=words, l=f"{quote}{label}{quote}", f=source, o=target))
     if default is not None:
-        lines.append(pick(rng, wordings.DEFAULT, split).format(l=f"{quote}{default}{quote}", f=source))
+        lines.append(phrases.default(rng, split).format(l=f"{quote}{default}{quote}", f=source, o=target))
     return Rules(labels, keywords, default, lines, rng.random() < 0.25 and ruled > 1, quote)
 
 
@@ -171,12 +171,11 @@ def written(words: Sequence[str], quote: str, join: str) -> str:
 
 def instruction(rng: Random, split: Split, rules: Rules, source: str, target: str, one_line: bool = False) -> str:
     """Opening, list of labels, rules, closing: as lines, bullets, numbers or a paragraph."""
-    head = [pick(rng, wordings.INTRO, split).format(f=source, o=target)]
+    head = [phrases.intro(rng, split).format(f=source, o=target)]
     if rng.random() < 0.3:
         shown = rng.sample(rules.labels, len(rules.labels))
-        head.append(
-            pick(rng, wordings.LABELS, split).format(", ".join(f"{rules.quote}{x}{rules.quote}" for x in shown))
-        )
+        listed = ", ".join(f"{rules.quote}{x}{rules.quote}" for x in shown)
+        head.append(phrases.labels(rng, split).format(listed, o=target))
     tail = [pick(rng, wordings.CLOSING, split).format(o=target)] if rng.random() < 0.15 else []
     if rules.ordered:
         (head if rng.random() < 0.5 else tail).append(pick(rng, wordings.FIRST_WINS, split))
@@ -214,7 +213,7 @@ def _kind(rng: Random, labels: list[str], share: float = 0.3) -> Any:
 
 
 def rules_task(rng: Random, split: Split, texts: Texts) -> Task:
-    """Keyword rules decide among 2 to 8 labels; in training a third are easy, and now and then there are more labels."""
+    """Keyword rules decide among 2 to 8 labels; in training a third are easy and a few have more labels."""
     [source], [target] = field_names(rng, split, 1, 1)
     way = rng.random() if split == "train" else 1.0
     if way < 0.35:

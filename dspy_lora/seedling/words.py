@@ -82,8 +82,19 @@ def invented(rng: Random, split: Split) -> str:
             return word
 
 
+def spliced(rng: Random, split: Split) -> str:
+    """The beginning of one common word with the end of another, such as "wintory"."""
+    while True:
+        first, second = rng.sample(common_words("train"), 2)
+        made = first[: rng.randint(2, 5)] + second[-rng.randint(2, 5) :]
+        if len(made) >= 4 and is_held_out(made) == (split == "heldout"):
+            return made
+
+
 def word(rng: Random, split: Split, made_up: float = 0.25) -> str:
-    """A common word, or with probability ``made_up`` an invented one."""
+    """A common word, or with probability ``made_up`` an invented one; in training now and then a spliced one."""
+    if split == "train" and rng.random() < 0.18:
+        return spliced(rng, split)
     return invented(rng, split) if rng.random() < made_up else rng.choice(common_words(split))
 
 
