@@ -13,13 +13,15 @@ if TYPE_CHECKING:
     from dspy_lora.adapters.registry import AdapterRegistry
     from dspy_lora.config import Config, load_config
     from dspy_lora.lm import LoRALM, load
+    from dspy_lora.optimizers import LoRAGEPA
 
 __version__ = "0.1.0"
-__all__ = ["AdapterRegistry", "Config", "LoRALM", "errors", "load", "load_config"]
+__all__ = ["AdapterRegistry", "Config", "LoRAGEPA", "LoRALM", "errors", "load", "load_config"]
 
 _HOMES = {
     "AdapterRegistry": "dspy_lora.adapters.registry",
     "Config": "dspy_lora.config",
+    "LoRAGEPA": "dspy_lora.optimizers",
     "LoRALM": "dspy_lora.lm",
     "load": "dspy_lora.lm",
     "load_config": "dspy_lora.config",

@@ -128,6 +128,11 @@ class LoRALM(dspy.LM):
         """The adapter revision that answers; None for the base model alone."""
         return self._adapter
 
+    @property
+    def registry(self) -> AdapterRegistry:
+        """Where its adapters are."""
+        return self._registry
+
     def _resolve(self, domain: str | None) -> Revision | None:
         if domain is None:
             return None

@@ -93,12 +93,12 @@ def test_an_engine_that_is_no_object_is_refused(engine, capsys):
     assert "--engine" in capsys.readouterr().err
 
 
-def test_the_soak_runs_only_when_asked_for(monkeypatch):
+def test_what_takes_long_runs_only_when_asked_for():
     parser = command.argparse.ArgumentParser()
     command.add_arguments(parser)
-    assert "soak" not in command._chosen(parser.parse_args([]))
-    assert command._chosen(parser.parse_args(["--soak", "--only", "mixed"])) == ["mixed", "soak"]
-    assert command._chosen(parser.parse_args([]))[-1] == "caller-memory"
+    assert not {"soak", "defaults"} & set(command._chosen(parser.parse_args([])))
+    assert command._chosen(parser.parse_args(["--all"])) == list(command.MEASUREMENTS)
+    assert command._chosen(parser.parse_args(["--only", "soak", "mixed"])) == ["mixed", "soak"]
 
 
 @pytest.mark.timeout(900)

@@ -13,7 +13,7 @@ from dspy_lora.bench import measure
 from dspy_lora.bench.measure import Bench, Figure
 from dspy_lora.errors import ConfigError
 
-# In this order: the last one starts an engine of its own after this one has ended.
+# In this order: the last two start engines of their own after this one has ended.
 MEASUREMENTS: dict[str, Callable[[Bench], list[Figure]]] = {
     "throughput": measure.throughput,
     "http": measure.over_http,
@@ -22,13 +22,16 @@ MEASUREMENTS: dict[str, Callable[[Bench], list[Figure]]] = {
     "engine-memory": measure.engine_memory,
     "soak": measure.soak,
     "caller-memory": measure.caller_memory,
+    "defaults": measure.defaults,
 }
+
+_LONG = ("soak", "defaults")  # minutes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of ``dspy-lora bench``."""
     parser.add_argument("--only", nargs="+", choices=list(MEASUREMENTS), metavar="NAME", help=", ".join(MEASUREMENTS))
-    parser.add_argument("--soak", action="store_true", help="20,000 calls too, looking whether memory grows")
+    parser.add_argument("--all", action="store_true", help=f"what takes long too: {', '.join(_LONG)}")
     parser.add_argument("--base-model", default="seedling", help="the base model (default: the bundled seedling)")
     parser.add_argument("--engine", default="{}", metavar="JSON", help="engine settings, as LoRALM's engine={...}")
     parser.add_argument("--calls", type=int, default=192, help="calls a repeat (default: %(default)s)")
@@ -74,8 +77,8 @@ def _engine(text: str) -> dict[str, Any]:
 
 
 def _chosen(args: argparse.Namespace) -> list[str]:
-    chosen = args.only or [name for name in MEASUREMENTS if name != "soak"]
-    return [name for name in MEASUREMENTS if name in chosen or (name == "soak" and args.soak)]
+    chosen = args.only or [name for name in MEASUREMENTS if args.all or name not in _LONG]
+    return [name for name in MEASUREMENTS if name in chosen]
 
 
 def row(figure: Figure) -> str:

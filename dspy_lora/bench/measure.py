@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +21,14 @@ from dspy_lora.engine.settings import EngineSettings, engine_settings
 _SHORT_TOKENS = 16  # a label in DSPy's chat format
 _LONG_TOKENS = 64  # with reasoning
 _SOAK_CALLS = 20_000
+# What vLLM does on a CPU where dspy-lora's engine does not: environment and engine settings.
+_VLLM_DEFAULTS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
+    "OpenMP's threads spin": ({"OMP_WAIT_POLICY": "ACTIVE"}, {}),
+    "one core kept free": ({"VLLM_CPU_NUM_OF_RESERVED_CPU": "1"}, {}),
+    "worker in a process of its own": ({"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}, {}),
+    "blocks of 128 tokens": ({}, {"block_size": 128}),
+    "vLLM's own LoRA path": ({}, {"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,9 +177,7 @@ def over_http(bench: Bench) -> list[Figure]:
 
 def _http_lm(lm: LoRALM, address: str) -> dspy.LM:
     name = lm.adapter.ref if lm.adapter else lm.base.name
-    return dspy.LM(
-        f"openai/{name}", api_base=address, api_key="none", cache=False, temperature=0.0, max_tokens=1, num_retries=0
-    )
+    return dspy.LM(f"openai/{name}", api_base=address, api_key="none", cache=False, temperature=0.0, max_tokens=1)
 
 
 def _cost(bench: Bench, asked: Sequence[Question], lms: dict[str, Any]) -> tuple[float, float]:
@@ -213,6 +220,61 @@ def mixed(bench: Bench) -> list[Figure]:
             )
         )
     return [Figure("twelve adapters mixed, speed over one after another", "x", _ratios(in_turn, together))]
+
+
+def defaults(bench: Bench) -> list[Figure]:
+    """Each default of the engine on a CPU against what vLLM does there; every line starts engines of its own.
+
+    The engine as it is runs before and after each other one; its spread is what a ratio must exceed to mean something.
+    """
+    bench.close()
+    figures, before = [], _speeds(bench, {}, {})
+    usual = [before]
+    for name, (environment, engine) in _VLLM_DEFAULTS.items():
+        other, after = _speeds(bench, environment, engine), _speeds(bench, {}, {})
+        ratios = [tuple(ours / theirs for ours in pair) for *pair, theirs in zip(before, after, other, strict=True)]
+        for what, ratio in zip(_SPEEDS, ratios, strict=True):
+            figures.append(Figure(f"over {name}: {what}", "x", ratio))
+        before = after
+        usual.append(after)
+    for what, values in zip(_SPEEDS, zip(*usual, strict=True), strict=True):
+        figures.append(Figure(f"as it is: {what}", "calls/s", values))
+    return figures
+
+
+_SPEEDS = (f"{_SHORT_TOKENS} tokens, new prompts", "1 token, known prompts")
+
+
+def _speeds(bench: Bench, environment: dict[str, str], engine: dict[str, Any]) -> tuple[float, float]:
+    """Calls a second of a new engine, twelve adapters mixed, as named in ``_SPEEDS``."""
+    with _environment(environment):
+        other = Bench(bench.model, bench.engine | engine, bench.calls, bench.threads, 1)
+        try:
+            other.preload()
+            lms = {
+                tokens: {d: lm.copy(max_tokens=tokens) for d, lm in other.lms.items()} for tokens in (1, _SHORT_TOKENS)
+            }
+
+            def calls_a_second(tokens: int, asked: Sequence[Question]) -> float:
+                return len(asked) / other.run(asked, lambda question: lms[tokens][question.domain](question.prompt))
+
+            calls_a_second(_SHORT_TOKENS, questions(24, -1))
+            asked = questions(bench.calls, -2)
+            return calls_a_second(_SHORT_TOKENS, asked), calls_a_second(1, asked)
+        finally:
+            other.close()
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Any:
+    """Sets variables of the environment, which an engine that starts inherits."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def engine_memory(bench: Bench) -> list[Figure]:

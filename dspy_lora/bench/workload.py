@@ -1,6 +1,7 @@
 """What is asked: prompts of the twelve domains, as DSPy writes them."""
 
 import dataclasses
+import functools
 import random
 import threading
 import time
@@ -57,6 +58,7 @@ def _question(domain: str, chance: random.Random) -> Question:
     return Question(domain, text, dspy.ChatAdapter().format(signature(domain), [], {"text": text}))
 
 
+@functools.cache
 def signature(domain: str) -> type[dspy.Signature]:
     """The task of a domain: text -> label."""
     made: type[dspy.Signature] = dspy.Signature("text -> label", load_config().domains[domain].task)

@@ -1,0 +1,348 @@
+"""LoRAGEPA: chooses an adapter for each predictor and evolves its instruction with GEPA, together."""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import dspy
+from dspy_lora.optimizers.candidates import Adapters, Candidate, Space, assignment, with_arms
+from dspy_lora.optimizers.choosing import choose
+from dspy_lora.optimizers.proposers import RuleProposer
+from dspy_lora.optimizers.racing import Assignment, Race, Racer
+from dspy_lora.optimizers.reflection import Reflection, alternatives
+from dspy_lora.optimizers.results import Found, LoRAGEPAResult
+from dspy_lora.optimizers.rollouts import Rollouts
+from dspy_lora.optimizers.run_log import RunLog, digest
+from gepa import optimize
+from gepa.strategies.proposal_sampling import IndependentSampling
+
+from dspy_lora.errors import ConfigError
+from dspy_lora.lm import LoRALM
+
+logger = logging.getLogger(__name__)
+
+_MOVES = 0.1  # share of the metric calls for adapter moves during GEPA
+_HELD_OUT = 0.4  # share of the training rows that validates where no valset is given
+_PROPOSALS = 4  # evaluated at once in a GEPA step
+
+
+class LoRAGEPA(dspy.GEPA):
+    """A teleprompter that gives every predictor the adapter and the instruction that together score best.
+
+    Three phases share one budget of metric calls. A race on training rows chooses among assignments of adapters, the
+    base model always among them (``racing.py``). GEPA evolves the instructions of the winner, with moves to the race's
+    other favourites among its mutations. On the validation rows, of which reflection sees nothing, the simplest program
+    wins that is not significantly worse than the best (``choosing.py``); that may be the program as it came.
+
+    Args:
+        metric: As for ``dspy.GEPA``: ``(gold, pred, trace, pred_name, pred_trace)`` to a float or a ``dspy.Prediction``
+            with ``score``, ``feedback`` and perhaps ``objective_scores``.
+        lm: Answers where a predictor has no LM of its own, and lends its adapters; None takes ``dspy.settings.lm``.
+        adapters: ``"all"`` of the LM's registry, their names, or a function of a predictor's name and the predictor.
+        adapter_budget: Share of the metric calls for the race.
+        select_adapters: Whether adapters are chosen; else every predictor keeps its own.
+        optimize_prompts: Whether instructions are evolved.
+        prior: Plausibility of an adapter (``"legal@0123456789ab"`` or ``"none"``) for a predictor by name, such as a
+            router's similarity; decides between equals in the race.
+        alpha: Level of the tests that choose the program.
+        reflection_lm: Writes instructions; without it, and without ``instruction_proposer``, ``RuleProposer`` does.
+        **kwargs: As for ``dspy.GEPA``: one of ``auto``, ``max_full_evals`` and ``max_metric_calls``;
+            ``reflection_minibatch_size``, ``instruction_proposer``, ``component_selector``, ``log_dir``, ``seed``,
+            ``num_threads``, ``track_stats``, ``gepa_kwargs``...
+
+    Raises:
+        ConfigError: Not exactly one budget, a share outside 0 to 1, or nothing to optimize.
+        TypeError: A metric that does not take five arguments.
+
+    Example:
+        >>> best = LoRAGEPA(metric=metric, auto="light").compile(program, trainset=train, valset=val)
+        >>> best.save("program.json")
+    """
+
+    def __init__(
+        self,
+        metric: Callable[..., Any],
+        *,
+        lm: LoRALM | None = None,
+        adapters: Adapters = "all",
+        adapter_budget: float = 0.4,
+        select_adapters: bool = True,
+        optimize_prompts: bool = True,
+        prior: Callable[[str, str], float] | None = None,
+        alpha: float = 0.05,
+        reflection_lm: dspy.LM | None = None,
+        instruction_proposer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        budgets = {name: kwargs.get(name) for name in ("auto", "max_full_evals", "max_metric_calls")}
+        if sum(value is not None for value in budgets.values()) != 1:
+            raise ConfigError(f"give exactly one of auto, max_full_evals and max_metric_calls; given: {budgets}")
+        if not 0 < adapter_budget < 1:
+            raise ConfigError(f"adapter_budget={adapter_budget!r} is no share between 0 and 1")
+        if not (select_adapters or optimize_prompts):
+            raise ConfigError("select_adapters and optimize_prompts are both False: there is nothing to optimize")
+        self._offline = reflection_lm is None and instruction_proposer is None
+        super().__init__(
+            metric,
+            reflection_lm=reflection_lm,
+            instruction_proposer=instruction_proposer or (RuleProposer() if self._offline else None),
+            **kwargs,
+        )
+        self.lm, self.adapters, self.prior, self.alpha = lm, adapters, prior, alpha
+        self.adapter_budget = adapter_budget
+        self.select_adapters, self.optimize_prompts = select_adapters, optimize_prompts
+
+    def compile(
+        self,
+        student: dspy.Module,
+        *,
+        trainset: list[dspy.Example],
+        teacher: dspy.Module | None = None,
+        valset: list[dspy.Example] | None = None,
+    ) -> dspy.Module:
+        """Optimizes a program.
+
+        Args:
+            student: The program; it is not changed.
+            trainset: Rows for the race and for reflection.
+            teacher: Not taken.
+            valset: Rows that choose the program; without them a part of the training rows is held out.
+
+        Returns:
+            A copy with adapters and instructions, ``_compiled``; ``detailed_results`` is a ``LoRAGEPAResult``.
+
+        Raises:
+            ConfigError: No training rows, no LoRALM, a teacher, or a ``log_dir`` of another run.
+        """
+        if teacher is not None:
+            raise ConfigError("LoRAGEPA takes no teacher")
+        train, val = self._rows(trainset, valset)
+        run = _Run(self, Space(student, self._lm(student), self.adapters if self.select_adapters else ()), train, val)
+        result = run.result()
+        program = run.space.build(result.found[result.best_idx].candidate)
+        program._compiled = True
+        program.detailed_results = result
+        if self.log_dir is not None:
+            result.write(self.log_dir)
+        return program
+
+    def _rows(
+        self, trainset: list[dspy.Example], valset: list[dspy.Example] | None
+    ) -> tuple[list[dspy.Example], list[dspy.Example]]:
+        if not trainset:
+            raise ConfigError("trainset is empty: LoRAGEPA needs rows to race adapters on and to reflect on")
+        if valset:
+            return list(trainset), list(valset)
+        rows = Random(self.seed).sample(list(trainset), len(trainset))
+        held = max(1, round(_HELD_OUT * len(rows)))
+        if held == len(rows):
+            raise ConfigError("one training row and no valset: give more rows")
+        logger.info("No valset: %d of %d training rows are held out to choose the program.", held, len(rows))
+        return rows[held:], rows[:held]
+
+    def _lm(self, student: dspy.Module) -> LoRALM:
+        lm = self.lm or dspy.settings.lm
+        own = [predictor.lm for predictor in student.predictors() if isinstance(predictor.lm, LoRALM)]
+        lm = lm if isinstance(lm, LoRALM) else own[0] if own else lm
+        if not isinstance(lm, LoRALM):
+            raise ConfigError(f"LoRAGEPA needs a LoRALM, and the configured LM is {lm!r}. Give lm=LoRALM(...).")
+        return lm
+
+    def budget(self, predictors: int, train: int, val: int) -> int:
+        """The most metric calls of a run."""
+        if self.auto is not None:
+            candidates = {"light": 6, "medium": 12, "heavy": 18}[self.auto]
+            return int(self.auto_budget(predictors, candidates, val) / (1 - self.adapter_budget))
+        if self.max_full_evals is not None:
+            return self.max_full_evals * (train + val)
+        return int(self.max_metric_calls)
+
+
+@dataclass(frozen=True)
+class _Shares:
+    """Metric calls of a run by what spends them."""
+
+    race: int
+    moves: int
+    gepa: int
+
+
+class _Run:
+    """One ``compile``."""
+
+    def __init__(
+        self, owner: LoRAGEPA, space: Space, train: Sequence[dspy.Example], val: Sequence[dspy.Example]
+    ) -> None:
+        self.owner, self.space, self.train, self.val = owner, space, train, val
+        self.seed = owner.seed or 0
+        total = owner.budget(len(space.start), len(train), len(val))
+        self.log = RunLog(None if owner.log_dir is None else Path(owner.log_dir), self._settings(total))
+        self.rollouts = Rollouts(space, owner.metric_fn, self.log, owner.num_threads, owner.failure_score)
+        self.shares = self._shares(total)
+        if owner._offline and owner.optimize_prompts:
+            logger.info("No reflection_lm: instructions are written by RuleProposer, by counting.")
+
+    def _settings(self, total: int) -> dict[str, Any]:
+        owner = self.owner
+        return {
+            "train": digest(*(row.toDict() for row in self.train)),
+            "val": digest(*(row.toDict() for row in self.val)),
+            "program": self.space.start,
+            "adapters": self.space.arms,
+            "base": self.space.lm.base.revision,
+            "metric": getattr(owner.metric_fn, "__qualname__", repr(owner.metric_fn)),
+            "metric_calls": total,
+            "adapter_budget": owner.adapter_budget,
+            "optimize_prompts": owner.optimize_prompts,
+            "minibatch": owner.reflection_minibatch_size,
+            "seed": self.seed,
+        }
+
+    def _shares(self, total: int) -> _Shares:
+        """Both ends are scored on all validation rows whatever happens; the rest is shared out.
+
+        Raises:
+            ConfigError: The budget does not hold that.
+        """
+        left = total - 2 * len(self.val)
+        if left < 0:
+            raise ConfigError(
+                f"{total} metric calls do not score two programs on {len(self.val)} validation rows. Give at least "
+                f"{2 * len(self.val)}, or fewer validation rows."
+            )
+        choices = math.prod(len(arms) for arms in self.space.arms.values())
+        if choices == 1:
+            return _Shares(0, 0, left)
+        if not self.owner.optimize_prompts:
+            return _Shares(left, 0, 0)
+        race = min(round(total * self.owner.adapter_budget), left)
+        moves = round(_MOVES * total) if left - race > _MOVES * total else 0
+        return _Shares(race, moves, left - race - moves)
+
+    # -- phases ----------------------------------------------------------------------------------------------------
+
+    def result(self) -> LoRAGEPAResult:
+        """Race, GEPA, choice."""
+        race = self._race()
+        found = [self._found(self.space.start, [])]
+        winner = with_arms(self.space.start, dict(zip(self.space.start, race.ranking[0], strict=True)))
+        if winner != self.space.start:
+            found.append(self._found(winner, [0]))
+        moves: list[str] = []
+        if self.owner.optimize_prompts:
+            reflection = self._reflection(race)
+            found += self._evolve(winner, reflection, len(found) - 1)
+            moves = reflection.moves
+        choice = choose(
+            [each.val_scores for each in found], [self._complexity(each) for each in found], self.owner.alpha
+        )
+        return LoRAGEPAResult(
+            found=found,
+            choice=choice,
+            race=race.rounds,
+            ranking=race.ranking,
+            race_calls=race.calls,
+            moves=moves,
+            metric_calls=self.rollouts.calls,
+            usage=self.rollouts.usage,
+            seconds=self.rollouts.seconds,
+            seed=self.owner.seed,
+            log_dir=self.owner.log_dir,
+            programs=[self.space.build(each.candidate) for each in found] if self.owner.track_stats else [],
+        )
+
+    def _race(self) -> Race:
+        names = list(self.space.start)
+        rows = Random(self.seed).sample(list(self.train), len(self.train))
+
+        def score(pairs: Sequence[tuple[Assignment, dspy.Example]]) -> list[float]:
+            asked = [(with_arms(self.space.start, dict(zip(names, arms, strict=True))), row) for arms, row in pairs]
+            return [rollout.score for rollout in self.rollouts.run(asked)]
+
+        def prior(arms: Assignment) -> float:
+            if self.owner.prior is None:
+                return 0.0
+            return sum(self.owner.prior(name, arm) for name, arm in zip(names, arms, strict=True))
+
+        start = assignment(self.space.start)
+        return Racer(self.space.arms, start, rows, score, self.shares.race, self.seed, prior).run()
+
+    def _reflection(self, race: Race) -> Reflection:
+        owner = self.owner
+        return Reflection(
+            self.rollouts,
+            self.log,
+            owner.custom_instruction_proposer or _built_in(),
+            owner.reflection_lm,
+            alternatives(race.ranking, list(self.space.start)),
+            self.train,
+            self.shares.moves,
+            owner.perfect_score,
+            self.seed,
+        )
+
+    def _evolve(self, seed_candidate: Candidate, reflection: Reflection, parent: int) -> list[Found]:
+        """GEPA from the race's winner; returns what it found beside that, parents as indices of all that was found."""
+        owner = self.owner
+        result = optimize(
+            seed_candidate=seed_candidate,
+            trainset=list(self.train),
+            valset=list(self.val),
+            adapter=reflection,
+            candidate_selection_strategy=owner.candidate_selection_strategy,
+            skip_perfect_score=owner.skip_perfect_score,
+            reflection_minibatch_size=owner.reflection_minibatch_size,
+            perfect_score=owner.perfect_score,
+            module_selector=owner.component_selector,
+            use_merge=owner.use_merge,
+            max_merge_invocations=owner.max_merge_invocations,
+            max_metric_calls=self.shares.gepa + len(self.val),
+            logger=_Quiet(),
+            use_wandb=owner.use_wandb,
+            wandb_api_key=owner.wandb_api_key,
+            wandb_init_kwargs=owner.wandb_init_kwargs,
+            use_mlflow=owner.use_mlflow,
+            track_best_outputs=False,
+            display_progress_bar=False,
+            seed=self.seed,
+            raise_on_exception=True,
+            **({"sampling_strategy": IndependentSampling(_PROPOSALS)} | owner.gepa_kwargs),
+        )
+        spent = self.shares.race
+        return [
+            Found(
+                candidate,
+                [parent + each for each in result.parents[index] if each is not None],
+                [scores[row] for row in sorted(scores)],
+                self.space.changes(candidate),
+                spent + result.discovery_eval_counts[index],
+            )
+            for index, (candidate, scores) in enumerate(zip(result.candidates, result.val_subscores, strict=True))
+            if index and len(scores) == len(self.val)
+        ]
+
+    def _found(self, candidate: Candidate, parents: list[int]) -> Found:
+        scores = [rollout.score for rollout in self.rollouts.run([(candidate, row) for row in self.val])]
+        return Found(candidate, parents, scores, self.space.changes(candidate), self.rollouts.calls)
+
+    def _complexity(self, found: Found) -> float:
+        """Changes first; of equally many the shorter instructions."""
+        return found.changes + sum(map(len, found.instructions.values())) / 1e6
+
+
+class _Quiet:
+    """GEPA's log lines at debug level."""
+
+    def log(self, message: str) -> None:
+        logger.debug(message)
+
+
+def _built_in() -> Any:
+    """DSPy's own instruction proposer."""
+    from dspy.teleprompt.gepa.instruction_proposal import InstructionProposer
+
+    return InstructionProposer()

@@ -1,0 +1,197 @@
+"""Racing assignments of adapters on paired rows: sequential halving, after a screening where there are too many.
+
+Sequential halving (Karnin, Koren and Somekh 2013, "Almost Optimal Exploration in Multi-Armed Bandits") fits: the budget
+is fixed, one arm is wanted, and whole rounds run as one mixed batch. All arms of a round see the same rows, so that a
+hard row costs every arm alike. Where the product of all predictors' choices is small enough for three rows each it is
+raced whole, because the best single choices need not be the best pair. Else a balanced design comes first: on every row
+each adapter of each predictor takes part once, among random partners (a Latin hypercube), which tells the adapters'
+main effects; from the best of each a coordinate ascent goes on among each predictor's better half.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+Assignment = tuple[str, ...]
+Scorer = Callable[[Sequence[tuple[Assignment, Any]]], Sequence[float]]  # of assignments on rows
+Prior = Callable[[Assignment], float]
+
+_FIRST_ROWS = 3  # of each arm in the first round: fewer and a good arm falls by chance
+_SCREENING = 0.25  # share of the budget; the rest is the ascent's
+_LIKELY = 0.5  # share of a predictor's adapters that the ascent tries
+_SWEEPS = 2
+_KEPT = 4  # assignments that the race hands on
+
+
+@dataclass
+class Standing:
+    """An assignment's scores so far, on rows ``0 .. len(scores) - 1`` of the race.
+
+    Attributes:
+        assignment: An adapter for each predictor.
+        scores: One a row.
+    """
+
+    assignment: Assignment
+    scores: list[float] = field(default_factory=list)
+
+    def mean(self, rows: int | None = None) -> float:
+        """Mean score, or that of the first rows; minus infinity where none ran."""
+        scores = self.scores[:rows]
+        return sum(scores) / len(scores) if scores else -math.inf
+
+
+@dataclass(frozen=True)
+class Race:
+    """How a race went.
+
+    Attributes:
+        ranking: The best assignments, the winner first.
+        standings: Every assignment that ran.
+        calls: Scores that were asked for.
+        rounds: One line a round, for the report.
+    """
+
+    ranking: list[Assignment]
+    standings: dict[Assignment, Standing]
+    calls: int
+    rounds: list[str]
+
+
+class Racer:
+    """One race.
+
+    Args:
+        choices: The adapters of each predictor, the base model first.
+        start: The program as it is.
+        rows: What is asked, in an order that a seed has shuffled.
+        score: Scores pairs of assignment and row, all at once.
+        budget: The most scores that are asked for.
+        seed: Of the random assignments.
+        prior: Plausibility of an assignment (the router's similarity, say); decides between equals.
+    """
+
+    def __init__(
+        self,
+        choices: Mapping[str, Sequence[str]],
+        start: Assignment,
+        rows: Sequence[Any],
+        score: Scorer,
+        budget: int,
+        seed: int = 0,
+        prior: Prior | None = None,
+    ) -> None:
+        self.choices, self.start, self.rows, self.score = list(choices.values()), start, list(rows), score
+        self.budget, self.rng, self.prior = budget, Random(seed), prior or (lambda assignment: 0.0)
+        self.standings: dict[Assignment, Standing] = {}
+        self.calls = 0
+        self.rounds: list[str] = []
+
+    def run(self) -> Race:
+        """Races within the budget."""
+        size = math.prod(len(arms) for arms in self.choices)
+        if size == 1:
+            ranking = [self.start]
+        elif size * _FIRST_ROWS * 2 <= self.budget or len([arms for arms in self.choices if len(arms) > 1]) == 1:
+            ranking = self.halve(list(itertools.product(*self.choices)), self.budget)
+        else:
+            ranking = self._screen_and_ascend()
+        return Race(ranking[:_KEPT], self.standings, self.calls, self.rounds)
+
+    # -- sequential halving ----------------------------------------------------------------------------------------
+
+    def halve(self, arms: list[Assignment], budget: int) -> list[Assignment]:
+        """Ranks arms by dropping the worse half after every round; the program as it is always takes part."""
+        alive = self._ordered(dict.fromkeys([self.start, *arms]), 0)
+        dropped: list[Assignment] = []
+        end = self.calls + budget
+        while len(alive) > 1:
+            left = math.ceil(math.log2(len(alive)))
+            wanted = max(_FIRST_ROWS, (end - self.calls) // left // len(alive))
+            rows = min(len(self.rows), self._least(alive) + wanted)
+            if not self._extend(alive, rows, end):
+                break
+            alive = self._ordered(dict.fromkeys(alive), rows)
+            best = self.standings[alive[0]].mean(rows)
+            self.rounds.append(f"{len(alive)} assignments on {rows} rows, best {best:.3f}")
+            if left == 1:
+                break
+            keep = math.ceil(len(alive) / 2)
+            alive, dropped = alive[:keep], alive[keep:] + dropped
+        return alive + dropped
+
+    def _least(self, arms: Sequence[Assignment]) -> int:
+        return min(len(self.standings.setdefault(arm, Standing(arm)).scores) for arm in arms)
+
+    def _extend(self, arms: Sequence[Assignment], rows: int, end: int) -> bool:
+        """Scores arms up to a number of rows in one batch; False where the budget does not hold it."""
+        missing = [(arm, len(self.standings[arm].scores)) for arm in arms if len(self.standings[arm].scores) < rows]
+        cost = sum(rows - have for _, have in missing)
+        if not missing or self.calls + cost > min(end, self.budget):
+            return False
+        pairs = [(arm, place) for arm, have in missing for place in range(have, rows)]
+        scores = self.score([(arm, self.rows[place]) for arm, place in pairs])
+        for (arm, _), value in zip(pairs, scores, strict=True):
+            self.standings[arm].scores.append(float(value))
+        self.calls += cost
+        return True
+
+    def _ordered(self, arms: Mapping[Assignment, None], rows: int) -> list[Assignment]:
+        """Best on the first rows first; of equals the likelier one, then the one nearer to the program as it is."""
+
+        def rank(arm: Assignment) -> tuple[float, float, int]:
+            standing = self.standings.setdefault(arm, Standing(arm))
+            changed = sum(new != old for new, old in zip(arm, self.start, strict=True))
+            return -standing.mean(rows), -self.prior(arm), changed
+
+        return sorted(arms, key=rank)
+
+    # -- many assignments ------------------------------------------------------------------------------------------
+
+    def _screen_and_ascend(self) -> list[Assignment]:
+        """Ascends from what the main effects say, among each predictor's better half of adapters."""
+        effects = self._main_effects(int(self.budget * _SCREENING))
+        ranked = [sorted(arms, key=lambda arm: -by[arm]) for arms, by in zip(self.choices, effects, strict=True)]
+        likely = [arms[: math.ceil(len(arms) * _LIKELY)] for arms in ranked]
+        return self._ascend([arms[0] for arms in ranked], likely)
+
+    def _main_effects(self, budget: int) -> list[dict[str, float]]:
+        """Mean score of each predictor's adapters among random partners, on the last rows of the race."""
+        most = max(len(arms) for arms in self.choices)
+        pairs = []
+        for row in self.rows[::-1][: budget // most]:
+            columns = [self._spread(arms, most) for arms in self.choices]
+            pairs += [(assignment, row) for assignment in zip(*columns, strict=True)]
+        scores = self.score(pairs)
+        self.calls += len(pairs)
+        self.rounds.append(f"main effects from {len(pairs)} scores")
+        effects = []
+        for place, arms in enumerate(self.choices):
+            by_arm: dict[str, list[float]] = {arm: [] for arm in arms}
+            for (assignment, _), score in zip(pairs, scores, strict=True):
+                by_arm[assignment[place]].append(score)
+            effects.append({arm: sum(found) / len(found) if found else 0.0 for arm, found in by_arm.items()})
+        return effects
+
+    def _spread(self, arms: Sequence[str], count: int) -> list[str]:
+        """The arms in random order, repeated evenly up to a number."""
+        spread: list[str] = []
+        while len(spread) < count:
+            spread += self.rng.sample(list(arms), len(arms))
+        return spread[:count]
+
+    def _ascend(self, top: Sequence[str], likely: Sequence[Sequence[str]]) -> list[Assignment]:
+        """Tries adapters for one predictor after another while the others stand still."""
+        top, ranking = tuple(top), list[Assignment]()
+        places = [place for place, arms in enumerate(likely) if len(arms) > 1] * _SWEEPS
+        for number, place in enumerate(places):
+            share = (self.budget - self.calls) // (len(places) - number)
+            arms = [(*top[:place], arm, *top[place + 1 :]) for arm in likely[place]]
+            if (cost := _FIRST_ROWS * len(arms)) > share:
+                continue
+            ranking = self.halve(arms, max(cost, share))
+            top = ranking[0]
+        return list(dict.fromkeys([top, *ranking]))

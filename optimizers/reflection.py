@@ -1,0 +1,163 @@
+"""GEPA's side of a candidate: evaluation, what reflection sees, and new texts: instructions, or other adapters.
+
+``dspy.GEPA``'s own adapter is not used: it tells predictors apart by their signatures, so that those of equal ones
+share each other's traces, and it loses an example whose answer parses in part.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from random import Random
+from typing import Any
+
+import dspy
+from dspy_lora.optimizers.candidates import Candidate, arm_of, decode, encode, with_arms
+from dspy_lora.optimizers.rollouts import Rollout, Rollouts
+from dspy_lora.optimizers.run_log import RunLog, digest
+from gepa import EvaluationBatch, GEPAAdapter
+
+Proposer = Callable[..., Mapping[str, str]]
+
+_MOVE_ROWS = 16  # an adapter move must win on as many training rows before GEPA sees it: its own three are too few
+_MOVE_SHARE = 0.3  # of the proposals that could move
+_MOVE_FAILING = 0.5  # a move is tried where at least this share of a minibatch failed
+
+
+class Reflection(GEPAAdapter[dspy.Example, Rollout, None]):
+    """What ``gepa.optimize`` calls.
+
+    Args:
+        rollouts: Runs candidates.
+        log: Keeps proposals.
+        proposer: Writes instructions, as DSPy's ``instruction_proposer``.
+        reflection_lm: The LM in whose context the proposer runs; None leaves the context as it is.
+        alternatives: Adapters of each predictor that the race liked, for moves.
+        trainset: Where moves are tried.
+        move_calls: Metric calls that moves may spend.
+        perfect_score: From here on a row did not fail.
+        seed: Of the moves.
+    """
+
+    def __init__(
+        self,
+        rollouts: Rollouts,
+        log: RunLog,
+        proposer: Proposer,
+        reflection_lm: dspy.LM | None,
+        alternatives: Mapping[str, Sequence[str]],
+        trainset: Sequence[dspy.Example],
+        move_calls: int,
+        perfect_score: float,
+        seed: int,
+    ) -> None:
+        self.rollouts, self.log, self.proposer, self.reflection_lm = rollouts, log, proposer, reflection_lm
+        self.alternatives, self.trainset, self.move_calls = alternatives, trainset, move_calls
+        self.perfect_score, self.seed = perfect_score, seed
+        self.moves: list[str] = []
+
+    # -- evaluation ------------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self, batch: list[dspy.Example], candidate: Candidate, capture_traces: bool = False
+    ) -> EvaluationBatch[Rollout, None]:
+        """One candidate on a batch."""
+        return self.batch_evaluate([(candidate, batch)], capture_traces=capture_traces)[0]
+
+    def batch_evaluate(
+        self, items: list[tuple[Candidate, list[dspy.Example]]], *, capture_traces: bool = True
+    ) -> list[EvaluationBatch[Rollout, None]]:
+        """Several candidates on a batch each, all rows at once."""
+        pairs = [(candidate, example) for candidate, batch in items for example in batch]
+        found, batches = iter(self.rollouts.run(pairs, capture_traces)), []
+        for _, batch in items:
+            part = [next(found) for _ in batch]
+            objectives = [rollout.objectives for rollout in part]
+            batches.append(
+                EvaluationBatch(
+                    outputs=[None] * len(part),
+                    scores=[rollout.score for rollout in part],
+                    trajectories=part if capture_traces else None,
+                    objective_scores=objectives if any(objectives) else None,
+                )
+            )
+        return batches
+
+    # -- new texts -------------------------------------------------------------------------------------------------
+
+    def make_reflective_dataset(
+        self, candidate: Candidate, eval_batch: EvaluationBatch[Rollout, None], components_to_update: list[str]
+    ) -> Mapping[str, Sequence[Mapping[str, Any]]]:
+        """The records of each predictor, with the score of the whole program."""
+        return {
+            name: [
+                record | {"Score": rollout.score}
+                for rollout in eval_batch.trajectories or []
+                for record in rollout.records.get(name, [])
+            ]
+            for name in components_to_update
+        }
+
+    def propose_new_texts(
+        self,
+        candidate: Candidate,
+        reflective_dataset: Mapping[str, Sequence[Mapping[str, Any]]],
+        components_to_update: list[str],
+    ) -> dict[str, str]:
+        """A move of one predictor to another adapter, where the rows suggest it; else new instructions."""
+        self._remember(reflective_dataset)
+        key = digest("proposal", candidate, reflective_dataset, components_to_update)
+        if (known := self.log.get(key)) is None:
+            known = self._move(candidate, reflective_dataset, components_to_update, Random(f"{self.seed}{key}"))
+            known = known or self._instructions(candidate, reflective_dataset, components_to_update)
+            self.log.put(key, known)
+        return dict(known)
+
+    def _remember(self, dataset: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        if remember := getattr(self.proposer, "remember", None):
+            remember(dataset)
+
+    def _instructions(
+        self, candidate: Candidate, dataset: Mapping[str, Sequence[Mapping[str, Any]]], components: list[str]
+    ) -> dict[str, str]:
+        told = {name: decode(text)[1] for name, text in candidate.items()}
+        records = {
+            name: [{key: value for key, value in record.items() if key != "Score"} for record in dataset.get(name, [])]
+            for name in components
+        }
+        asked = [name for name in components if records[name]]
+        if not asked:
+            return {}
+        with dspy.context(lm=self.reflection_lm or dspy.settings.lm):
+            written = self.proposer(candidate=told, reflective_dataset=records, components_to_update=asked)
+        return {name: encode(arm_of(candidate[name]), text) for name, text in written.items() if name in candidate}
+
+    def _move(
+        self,
+        candidate: Candidate,
+        dataset: Mapping[str, Sequence[Mapping[str, Any]]],
+        components: list[str],
+        rng: Random,
+    ) -> dict[str, str] | None:
+        """Another adapter for one of the predictors, if most of its rows failed and it wins on more rows."""
+        failing = [name for name in components if self._failed(dataset.get(name, ())) >= _MOVE_FAILING]
+        options = [(name, arm) for name in failing for arm in self.alternatives[name] if arm != arm_of(candidate[name])]
+        cost = 2 * min(_MOVE_ROWS, len(self.trainset))
+        if not options or self.move_calls < cost or rng.random() > _MOVE_SHARE:
+            return None
+        self.move_calls -= cost
+        name, arm = rng.choice(options)
+        moved = with_arms(candidate, {name: arm})
+        rows = rng.sample(list(self.trainset), min(_MOVE_ROWS, len(self.trainset)))
+        scores = self.rollouts.run([(each, row) for each in (candidate, moved) for row in rows])
+        before, after = (sum(rollout.score for rollout in part) for part in (scores[: len(rows)], scores[len(rows) :]))
+        self.moves.append(
+            f"{name}: {arm_of(candidate[name])} to {arm}, {before / len(rows):.3f} to {after / len(rows):.3f} on "
+            f"{len(rows)} rows ({'taken' if after > before else 'refused'})"
+        )
+        return {name: moved[name]} if after > before else None
+
+    def _failed(self, records: Sequence[Mapping[str, Any]]) -> float:
+        return sum(record["Score"] < self.perfect_score for record in records) / len(records) if records else 0.0
+
+
+def alternatives(ranking: Sequence[tuple[str, ...]], names: Sequence[str]) -> dict[str, list[str]]:
+    """The adapters of each predictor in the best assignments of a race."""
+    return {name: list(dict.fromkeys(each[place] for each in ranking)) for place, name in enumerate(names)}

@@ -1,0 +1,85 @@
+"""A run's memory: what was asked and answered, on disk, so that a run that was killed goes on where it was.
+
+The search is deterministic given the answers it got. A run that goes on therefore begins at the beginning and takes
+every answer that is already in the log from there, which costs no metric call and no LM call, and ends as an unbroken
+run ends.
+"""
+
+import hashlib
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+from dspy_lora.errors import ConfigError
+
+
+class RunLog:
+    """Answers by question.
+
+    Args:
+        folder: Where ``run.json`` and ``answers.jsonl`` lie; None keeps answers in memory alone.
+        settings: What the run depends on. A folder that was written under others is refused.
+
+    Raises:
+        ConfigError: The folder belongs to a run with other settings or data.
+    """
+
+    def __init__(self, folder: Path | None, settings: dict[str, Any]) -> None:
+        self._answers: dict[str, Any] = {}
+        self._lock = threading.Lock()
+        self._file = None if folder is None else folder / "answers.jsonl"
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            _check_settings(folder / "run.json", settings)
+            self._read()
+
+    def _read(self) -> None:
+        assert self._file is not None
+        if not self._file.exists():
+            return
+        whole = 0
+        with self._file.open("rb") as lines:
+            for line in lines:
+                if not line.endswith(b"\n"):
+                    break  # the process was killed while it wrote this
+                entry = json.loads(line)
+                self._answers[entry["key"]] = entry["answer"]
+                whole += len(line)
+        with self._file.open("r+b") as lines:
+            lines.truncate(whole)
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    def get(self, key: str) -> Any:
+        """The answer to a question; None if there is none yet."""
+        return self._answers.get(key)
+
+    def put(self, key: str, answer: Any) -> None:
+        """Keeps an answer, which must be JSON. Any thread may call."""
+        with self._lock:
+            self._answers[key] = answer
+            if self._file is not None:
+                with self._file.open("a", encoding="utf-8") as lines:
+                    lines.write(json.dumps({"key": key, "answer": answer}) + "\n")
+
+
+def digest(*parts: Any) -> str:
+    """A short name of anything JSON can write; what it cannot is taken by its ``repr``."""
+    text = json.dumps(parts, sort_keys=True, default=repr, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def _check_settings(file: Path, settings: dict[str, Any]) -> None:
+    settings = json.loads(json.dumps(settings, default=repr))
+    if not file.exists():
+        file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        return
+    before = json.loads(file.read_text(encoding="utf-8"))
+    differ = sorted(key for key in {*before, *settings} if before.get(key) != settings.get(key))
+    if differ:
+        shown = "; ".join(f"{key} was {before.get(key)!r}, is {settings.get(key)!r}" for key in differ)
+        raise ConfigError(
+            f"log_dir={str(file.parent)!r} holds a run with other settings: {shown}. Give another one, or remove it."
+        )

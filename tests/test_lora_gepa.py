@@ -1,0 +1,286 @@
+"""LoRAGEPA on a fake engine whose adapters know one topic each and whose base model follows rules that it is told."""
+
+import json
+import re
+import threading
+
+import dspy
+import pytest
+from dspy.clients.engines.dummy_engine import AsyncDummyEngine, DummyEngine
+from dspy.utils import DummyLM
+from dspy_lora.optimizers import LoRAGEPA, candidates
+from dspy_lora.optimizers.candidates import Space, decode
+
+from dspy_lora import LoRALM
+from dspy_lora.errors import ConfigError
+
+LABELS = {"apple": "fruit", "carrot": "vegetable", "hammer": "tool", "violin": "instrument"}
+KNOWS = {"legal": ("apple", "carrot", "hammer", "violin"), "financial": ("apple", "hammer")}
+RULE = re.compile(r"If it mentions ([\w ,]+), answer (\w+)\.")
+
+
+class Engine(DummyEngine):
+    """Answers by what the adapter knows, else by the rules in the prompt, else wrong."""
+
+    def __init__(self, owner, asked, knows, world):
+        super().__init__(owner)
+        self.asked, self.knows, self.world = asked, knows, world
+
+    def _complete_messages(self, messages):
+        self.asked.append(messages)
+        text, told = messages[-1]["content"], messages[0]["content"]
+        label = next((self.world[word] for word in self.knows if word in text), None)
+        for words, answer in RULE.findall(told):
+            if any(word in text for word in re.split(r", | or ", words)):
+                label = label or answer
+        self.owner.answers = {"": dict.fromkeys(re.findall(r"\[\[ ## (\w+) ## \]\]", told), label or "unknown")}
+        return super()._complete_messages(messages)
+
+
+class World:
+    """Which adapter knows what; ``asked`` holds every prompt that reached an LM."""
+
+    def __init__(self, monkeypatch, knows=KNOWS, labels=LABELS):
+        self.asked, self.knows, self.labels = [], knows, labels
+        monkeypatch.setattr(Space, "_lm_for", lambda space, name, arm: self.lm(arm))
+
+    def lm(self, arm):
+        lm = DummyLM([])
+        lm._engine_spec = Engine(lm, self.asked, self.knows.get(arm.split("@")[0], ()), self.labels)
+        lm._async_engine_spec = AsyncDummyEngine(lm._engine_spec)
+        return lm
+
+
+@pytest.fixture
+def world(monkeypatch):
+    return World(monkeypatch)
+
+
+def rows(count, labels=LABELS, shift=0):
+    words = list(labels)
+    return [
+        dspy.Example(
+            text=f"row {i} has a {words[i % len(words)]} in it", label=labels[words[i % len(words)]]
+        ).with_inputs("text")
+        for i in range(shift, shift + count)
+    ]
+
+
+def metric(gold, pred, trace=None, pred_name=None, pred_trace=None):
+    right = pred.label == gold.label
+    return dspy.Prediction(score=float(right), feedback="Right." if right else f"The right answer is {gold.label}.")
+
+
+def optimizer(**kwargs):
+    given = {"metric": metric, "lm": LoRALM(), "max_metric_calls": 400, "seed": 0, "num_threads": 4} | kwargs
+    return LoRAGEPA(given.pop("metric"), **given)
+
+
+def adapters(program):
+    result = program.detailed_results
+    return result.found[result.best_idx].adapters
+
+
+# -- what it finds -----------------------------------------------------------------------------------------------------
+
+
+def test_it_finds_the_adapter_that_knows_the_task_and_leaves_the_program_alone(world):
+    student = dspy.Predict("text -> label")
+    before = student.dump_state()
+    compiled = optimizer().compile(student, trainset=rows(40), valset=rows(40, shift=40))
+    assert student.dump_state() == before
+    assert student.lm is None
+    assert compiled._compiled
+    assert adapters(compiled)["self"].startswith("legal@")
+    assert compiled(text="a violin").label == "instrument"
+    result = compiled.detailed_results
+    assert result.metric_calls <= 400 + 40
+    assert result.found[result.best_idx].val_score == 1.0
+    assert result.choice.gain < 0.01
+
+
+def test_rules_are_written_where_no_adapter_knows_the_task(world):
+    world.knows = {}
+    compiled = optimizer(max_metric_calls=900).compile(
+        dspy.Predict("text -> label"), trainset=rows(60), valset=rows(40, shift=60)
+    )
+    result = compiled.detailed_results
+    assert adapters(compiled) == {"self": "none"}
+    assert result.found[result.best_idx].val_score >= 0.75
+    assert "If it mentions" in result.found[result.best_idx].instructions["self"]
+
+
+class Two(dspy.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = dspy.Predict("text -> label"), dspy.Predict("text -> label")
+
+    def forward(self, text):
+        first, second = self.first(text=text), self.second(text=text)
+        return dspy.Prediction(label=f"{first.label} {second.label}")
+
+
+def test_two_predictors_of_equal_signatures_get_an_adapter_each(monkeypatch):
+    names = ("legal", "financial", "marketing")
+    world = World(monkeypatch, {"legal": LABELS, "financial": ("apple",)})
+    first_only = dict.fromkeys(LABELS, "fruit")
+
+    def lm(space, name, arm):
+        made = world.lm(arm)
+        made._engine_spec.world = LABELS if name == "first" else first_only
+        made._engine_spec.knows = {"first": world.knows, "second": {"financial": LABELS}}[name].get(
+            arm.split("@")[0], ()
+        )
+        return made
+
+    monkeypatch.setattr(Space, "_lm_for", lm)
+
+    def score(gold, pred, trace=None, pred_name=None, pred_trace=None):
+        first, second = pred.label.split(" ")
+        return ((first == gold.label) + (second == "fruit")) / 2
+
+    compiled = optimizer(metric=score, adapters=names, optimize_prompts=False).compile(
+        Two(), trainset=rows(40), valset=rows(40, shift=40)
+    )
+    assert {name: arm.split("@")[0] for name, arm in adapters(compiled).items()} == {
+        "first": "legal",
+        "second": "financial",
+    }
+
+
+def test_equal_adapters_and_a_metric_of_noise_gain_nothing(monkeypatch):
+    world = World(monkeypatch, dict.fromkeys(KNOWS, ()))
+    compiled = optimizer(optimize_prompts=False).compile(
+        dspy.Predict("text -> label"), trainset=rows(40), valset=rows(40, shift=40)
+    )
+    assert adapters(compiled) == {"self": "none"}
+
+    def noise(gold, pred, trace=None, pred_name=None, pred_trace=None):
+        return float(hash((gold.text, str(pred), len(world.asked) % 7)) % 2)
+
+    compiled = optimizer(metric=noise, optimize_prompts=False).compile(
+        dspy.Predict("text -> label"), trainset=rows(40), valset=rows(40, shift=40)
+    )
+    assert adapters(compiled) == {"self": "none"}
+
+
+def test_reflection_sees_no_validation_row(world):
+    world.knows = {}
+    seen = []
+
+    def proposer(candidate, reflective_dataset, components_to_update):
+        seen.append(json.dumps(reflective_dataset, default=str))
+        return {}
+
+    validation = rows(30, shift=1000)
+    optimizer(instruction_proposer=proposer).compile(
+        dspy.Predict("text -> label"), trainset=rows(40), valset=validation
+    )
+    assert seen
+    assert not any(row.text in text for text in seen for row in validation)
+
+
+def test_rows_whose_program_or_metric_raises_score_the_failure_score(world):
+    def raising(gold, pred, trace=None, pred_name=None, pred_trace=None):
+        if "row 1 " in gold.text:
+            raise RuntimeError("no")
+        return metric(gold, pred)
+
+    compiled = optimizer(metric=raising).compile(dspy.Predict("text -> label"), trainset=rows(20), valset=rows(24))
+    found = compiled.detailed_results.found[compiled.detailed_results.best_idx]
+    assert adapters(compiled)["self"].startswith("legal@")
+    assert found.val_scores[1] == 0.0
+    assert sum(found.val_scores) == 23
+
+
+# -- a run that was killed ---------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
+def test_a_killed_run_goes_on_without_asking_again_and_ends_as_an_unbroken_one(world, tmp_path):
+    world.knows = {"financial": KNOWS["financial"]}
+    program, sets = dspy.Predict("text -> label"), {"trainset": rows(40), "valset": rows(40, shift=40)}
+    whole = optimizer(log_dir=str(tmp_path / "whole"), num_threads=1).compile(program, **sets)
+    calls, count, lock = len(world.asked), [0], threading.Lock()
+
+    def dying(*args):
+        with lock:
+            count[0] += 1
+            if count[0] == 150:
+                raise Killed
+        return metric(*args)
+
+    dying.__qualname__ = metric.__qualname__
+    world.asked.clear()
+    with pytest.raises(Killed):
+        optimizer(metric=dying, log_dir=str(tmp_path / "cut"), num_threads=1).compile(program, **sets)
+    before = len(world.asked)
+    assert 0 < before < calls
+    with (tmp_path / "cut" / "answers.jsonl").open("a") as file:
+        file.write('{"key": "torn')
+    resumed = optimizer(log_dir=str(tmp_path / "cut"), num_threads=1).compile(program, **sets)
+    assert len(world.asked) <= calls + 1  # the row under which it died
+    for name in ("found", "ranking", "choice", "metric_calls", "race"):
+        assert getattr(resumed.detailed_results, name) == getattr(whole.detailed_results, name)
+    assert (tmp_path / "cut" / "report.html").read_text().count("<circle") == len(whole.detailed_results.found)
+
+
+def test_a_log_of_another_run_is_refused_with_what_differs(world, tmp_path):
+    program = dspy.Predict("text -> label")
+    optimizer(log_dir=str(tmp_path), max_metric_calls=120).compile(program, trainset=rows(10), valset=rows(10))
+    with pytest.raises(ConfigError, match="seed was 0, is 1"):
+        optimizer(log_dir=str(tmp_path), max_metric_calls=120, seed=1).compile(
+            program, trainset=rows(10), valset=rows(10)
+        )
+    with pytest.raises(ConfigError, match="train was"):
+        optimizer(log_dir=str(tmp_path), max_metric_calls=120).compile(program, trainset=rows(11), valset=rows(10))
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"max_metric_calls": None}, "exactly one of"),
+        ({"auto": "light"}, "exactly one of"),
+        ({"adapter_budget": 1.0}, "no share"),
+        ({"select_adapters": False, "optimize_prompts": False}, "nothing to optimize"),
+    ],
+)
+def test_settings_that_cannot_be(kwargs, match):
+    with pytest.raises(ConfigError, match=match):
+        optimizer(**kwargs)
+
+
+def test_compile_says_what_is_missing(world):
+    program = dspy.Predict("text -> label")
+    with pytest.raises(ConfigError, match="trainset is empty"):
+        optimizer().compile(program, trainset=[])
+    with pytest.raises(ConfigError, match="no teacher"):
+        optimizer().compile(program, trainset=rows(4), teacher=program)
+    with pytest.raises(ConfigError, match="needs a LoRALM"):
+        optimizer(lm=None).compile(program, trainset=rows(4))
+    with pytest.raises(ConfigError, match="do not score two programs"):
+        optimizer(max_metric_calls=10).compile(program, trainset=rows(4), valset=rows(20))
+    with pytest.raises(ConfigError, match="legal"):
+        optimizer(adapters=["legl"]).compile(program, trainset=rows(4), valset=rows(4))
+
+
+def test_a_candidate_text_holds_adapter_and_instruction():
+    text = candidates.encode("legal@0123456789ab", "Say\n\nit.")
+    assert decode(text) == ("legal@0123456789ab", "Say\n\nit.")
+    assert candidates.arm_of(candidates.with_arms({"a": text}, {"a": "none"})["a"]) == "none"
+    with pytest.raises(ConfigError, match="must begin with"):
+        decode("Say it.")
+
+
+def test_better_together_takes_it(world):
+    import inspect
+
+    parameters = inspect.signature(LoRAGEPA.compile).parameters
+    assert {"trainset", "teacher", "valset"} <= set(parameters)
+    assert isinstance(optimizer(), dspy.teleprompt.Teleprompter)

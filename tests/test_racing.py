@@ -1,0 +1,69 @@
+import numpy as np
+import pytest
+from dspy_lora.optimizers.racing import Racer
+
+
+def race(seed, predictors, arms, budget, chance, rows=100):
+    """A race whose scores are drawn once for each assignment and row; returns it, and the best assignment."""
+    rng = np.random.default_rng(seed)
+    best = tuple(str(rng.integers(1, arms)) for _ in range(predictors))
+    hard, drawn = rng.normal(0, 0.15, rows), {}
+
+    def score(pairs):
+        for assignment, row in pairs:
+            if (assignment, row) not in drawn:
+                right = [a == b for a, b in zip(assignment, best, strict=True)]
+                drawn[assignment, row] = float(rng.random() < np.clip(chance(right) + hard[row], 0, 1))
+        return [drawn[pair] for pair in pairs]
+
+    choices = {f"p{i}": [str(arm) for arm in range(arms)] for i in range(predictors)}
+    return Racer(choices, ("0",) * predictors, range(rows), score, budget, seed).run(), best
+
+
+@pytest.mark.parametrize(
+    ("predictors", "budget", "chance"),
+    [
+        (1, 300, lambda right: 0.2 + 0.6 * np.mean(right)),
+        (2, 2000, lambda right: 0.1 + 0.75 * all(right)),  # no single choice helps: only the pair does
+        (3, 1500, lambda right: 0.2 + 0.65 * np.mean(right)),
+    ],
+    ids=["one", "a pair that must agree", "three"],
+)
+def test_the_winner_is_the_best_assignment_at_a_quarter_of_an_exhaustive_search(predictors, budget, chance):
+    found = [race(seed, predictors, 13, budget, chance) for seed in range(20)]
+    assert sum(result.ranking[0] == best for result, best in found) >= 18
+    assert all(result.calls <= budget <= 0.25 * 13**predictors * 100 for result, _ in found)
+
+
+def test_the_program_as_it_is_wins_between_equals():
+    result, _ = race(0, 2, 5, 400, lambda right: 10.0)
+    assert result.ranking[0] == ("0", "0")
+
+
+def test_a_prior_decides_between_equals():
+    scores = {"p": ["0", "1", "2", "3"]}
+    racer = Racer(scores, ("0",), range(20), lambda pairs: [1.0] * len(pairs), 100, 0, lambda arm: arm == ("2",))
+    assert racer.run().ranking[0] == ("2",)
+
+
+def test_all_arms_of_a_round_see_the_same_rows():
+    seen = []
+
+    def score(pairs):
+        seen.append(pairs)
+        return [0.5] * len(pairs)
+
+    result = Racer({"p": list("abcdef")}, ("a",), range(50), score, 200).run()
+    for pairs in seen:
+        by_arm = {}
+        for arm, row in pairs:
+            by_arm.setdefault(arm, []).append(row)
+        assert len({tuple(rows) for rows in by_arm.values()}) == 1
+    assert result.calls <= 200
+
+
+def test_one_choice_costs_nothing_and_too_small_a_budget_changes_nothing():
+    assert Racer({"p": ["a"]}, ("a",), range(5), lambda pairs: [0.0], 100).run().calls == 0
+    result = Racer({"p": list("abcdef")}, ("a",), range(50), lambda pairs: [0.0] * len(pairs), 5).run()
+    assert result.ranking[0] == ("a",)
+    assert result.calls == 0
