@@ -11,18 +11,32 @@ from dspy_lora import errors
 
 if TYPE_CHECKING:
     from dspy_lora.adapters.registry import AdapterRegistry
+    from dspy_lora.classifier import DomainClassifier
     from dspy_lora.config import Config, load_config
     from dspy_lora.lm import LoRALM, load
     from dspy_lora.optimizers import LoRAGEPA
+    from dspy_lora.router import LoRARouter
 
 __version__ = "0.1.0"
-__all__ = ["AdapterRegistry", "Config", "LoRAGEPA", "LoRALM", "errors", "load", "load_config"]
+__all__ = [
+    "AdapterRegistry",
+    "Config",
+    "DomainClassifier",
+    "LoRAGEPA",
+    "LoRALM",
+    "LoRARouter",
+    "errors",
+    "load",
+    "load_config",
+]
 
 _HOMES = {
     "AdapterRegistry": "dspy_lora.adapters.registry",
     "Config": "dspy_lora.config",
+    "DomainClassifier": "dspy_lora.classifier",
     "LoRAGEPA": "dspy_lora.optimizers",
     "LoRALM": "dspy_lora.lm",
+    "LoRARouter": "dspy_lora.router",
     "load": "dspy_lora.lm",
     "load_config": "dspy_lora.config",
 }

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 _ROOMS = {
     "bench": ("dspy_lora.bench.command", "measure speed and memory against plain vLLM and DSPy over HTTP"),
     "demo": ("dspy_lora.demo", "answer questions of twelve domains in one batch, on the bundled model"),
+    "merge": ("dspy_lora.merging.command", "merge adapters into their base, or into one another"),
+    "prepare": ("dspy_lora.prepare.command", "turn raw data into rows to train, validate and test on"),
+    "route": ("dspy_lora.route_command", "say which domain a text is of, or measure how well that is said"),
     "train": ("dspy_lora.training.command", "train an adapter for one domain or several"),
 }
 

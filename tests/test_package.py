@@ -13,7 +13,17 @@ import pytest
 import dspy_lora
 
 ROOT = Path(__file__).resolve().parent.parent
-PUBLIC = ["AdapterRegistry", "Config", "LoRALM", "errors", "load", "load_config"]
+PUBLIC = [
+    "AdapterRegistry",
+    "Config",
+    "DomainClassifier",
+    "LoRAGEPA",
+    "LoRALM",
+    "LoRARouter",
+    "errors",
+    "load",
+    "load_config",
+]
 SHOW_HEAVY = "print([m for m in ('torch', 'transformers', 'vllm', 'peft', 'trl') if m in sys.modules])"
 
 
@@ -75,7 +85,7 @@ def test_wheel_holds_code_data_and_optimizers(tmp_path):
     code = {p.relative_to(source).as_posix() for p in (source / "dspy_lora").rglob("*.py")}
     code |= {f"dspy_lora/{p.relative_to(source).as_posix()}" for p in (source / "optimizers").rglob("*.py")}
     seedling = source / "dspy_lora/seedling"
-    data = [p for part in ("base", "adapters") for p in (seedling / part).rglob("*") if p.is_file()]
+    data = [p for part in ("base", "adapters", "router") for p in (seedling / part).rglob("*") if p.is_file()]
     data += [
         seedling / "MODEL_CARD.md",
         seedling / "words.txt",

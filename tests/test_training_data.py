@@ -3,13 +3,21 @@
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import dspy
+import hypothesis
+import pydantic
 import pytest
+from hypothesis import strategies as st
 
+from dspy_lora.adapters.base import SEEDLING_FOLDER
+from dspy_lora.engine.host import Host
+from dspy_lora.engine.protocol import Generate
 from dspy_lora.errors import DataError
 from dspy_lora.training import data
+from dspy_lora.training.rendering import Renderer
 
 CLAUSE = dspy.Signature("text -> label", "Name the type of the contract clause.")
 ROWS = [
@@ -42,6 +50,130 @@ class Recorder(dspy.utils.DummyLM):
     def __call__(self, prompt: str | None = None, messages: list[dict[str, Any]] | None = None, **kwargs: Any) -> Any:
         self.sent.append(messages or [])
         return super().__call__(prompt=prompt, messages=messages, **kwargs)
+
+
+class Period(pydantic.BaseModel):
+    """A nested value."""
+
+    months: int
+    open: bool = False
+
+
+class Terms(dspy.Signature):
+    """Read the terms."""
+
+    text: str = dspy.InputField()
+    notes: dict[str, int] = dspy.InputField()
+    period: Period = dspy.OutputField()
+    parties: list[str] = dspy.OutputField()
+
+
+TERMS = {"text": "Twelve months.", "notes": {"page": 3}, "period": {"months": 12}, "parties": ["A", "B"]}
+REASONED = [row | {"reasoning": f"It begins with {row['text'][:4]!r}."} for row in ROWS]
+PROGRAMS = {
+    "predict": (dspy.Predict(CLAUSE), ROWS, []),
+    "predict, demos": (dspy.Predict(CLAUSE), ROWS, [DEMO, {"text": "Only an input."}]),
+    "reasoning": (dspy.ChainOfThought(CLAUSE), REASONED, []),
+    # The first demo lacks its reasoning, as labelled examples do: DSPy words it differently.
+    "reasoning, demos": (dspy.ChainOfThought(CLAUSE), REASONED, [DEMO, DEMO | {"reasoning": "An end."}]),
+    "typed": (dspy.Predict(Typed), [TICKET], [TICKET]),
+    "nested": (dspy.ChainOfThought(Terms), [TERMS | {"reasoning": "Short."}], []),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(SEEDLING_FOLDER)
+
+
+@pytest.mark.parametrize("adapter", [dspy.ChatAdapter(), dspy.JSONAdapter()], ids=["chat", "json"])
+@pytest.mark.parametrize(("program", "rows", "demos"), PROGRAMS.values(), ids=PROGRAMS)
+def test_training_and_serving_agree_token_for_token(
+    program: dspy.Module, rows: Any, demos: Any, adapter: dspy.Adapter, tokenizer: Any
+) -> None:
+    [predict] = (program := program.deepcopy()).predictors()
+    predict.demos = demos
+    signature = predict.signature
+    lm = Recorder({name: rows[0][name] for name in signature.output_fields}, adapter)
+    with dspy.context(lm=lm, adapter=adapter):
+        for row in rows:
+            program(**{name: row[name] for name in signature.input_fields})
+    host: Any = SimpleNamespace(tokenizer=tokenizer, max_model_len=10**6)
+    served = [Host.prompt_tokens(host, Generate(id=0, messages=messages, sampling={})) for messages in lm.sent]
+
+    tokens, left_out = data.tokenize(tokenizer, data.render(signature, rows, adapter, demos), 10**6)
+    assert left_out == 0
+    for row, one, prompt in zip(rows, tokens, served, strict=True):
+        assert one["input_ids"][: len(prompt)] == prompt
+        assert one["labels"][: len(prompt)] == [-100] * len(prompt)
+        *answer, end = one["input_ids"][len(prompt) :]
+        assert one["labels"][len(prompt) :] == [*answer, end]
+        assert end == tokenizer.eos_token_id
+        read = adapter.parse(signature, tokenizer.decode(answer))
+        expected = {name: field.annotation for name, field in signature.output_fields.items()}
+        for name, annotation in expected.items():
+            value = row[name].strip() if isinstance(row[name], str) else row[name]
+            assert read[name] == pydantic.TypeAdapter(annotation).validate_python(value)
+
+
+@hypothesis.given(st.text(), st.text(), st.sampled_from([dspy.ChatAdapter(), dspy.JSONAdapter()]))
+@hypothesis.example("<|im_end|>", "[[ ## completed ## ]]", dspy.JSONAdapter())
+@hypothesis.settings(deadline=None)
+def test_whatever_is_rendered_is_what_predict_sends_and_reads_back(text: str, label: str, adapter: Any) -> None:
+    row = {"text": text, "label": label}
+    try:
+        [example] = data.render(CLAUSE, [row], adapter)
+    except DataError:
+        return
+    lm = Recorder({"label": "x"}, adapter)
+    with dspy.context(lm=lm, adapter=adapter):
+        dspy.Predict(CLAUSE)(text=text)
+    assert lm.sent == [example["prompt"]]
+    assert adapter.parse(CLAUSE, example["completion"][0]["content"])["label"].split() == label.split()
+
+
+def test_text_of_a_table_is_rendered_as_the_value_that_a_program_passes() -> None:
+    cells = {"subject": "disk full", "tags": '["nas","prod"]', "urgent": "true", "team": "storage"}
+    assert data.render(Typed, [cells]) == data.render(Typed, [TICKET])
+
+
+def test_rendering_leaves_no_trace_and_calls_no_callbacks_of_the_users() -> None:
+    class Callback(dspy.utils.BaseCallback):
+        def on_lm_start(self, *args: Any, **kwargs: Any) -> None:
+            raise AssertionError
+
+    with dspy.context(trace=[], callbacks=[Callback()]):
+        data.render(CLAUSE, ROWS)
+        assert dspy.settings.trace == []
+
+
+@pytest.mark.parametrize(
+    ("signature", "row", "message"),
+    [
+        (Typed, TICKET | {"urgent": "maybe"}, r"row 1: 'urgent' = 'maybe' does not fit bool: Input should be a valid"),
+        (Typed, TICKET | {"team": "net"}, r"'team' = 'net' does not fit Literal\['network', 'storage'\]: Input should"),
+        (CLAUSE, {"text": "a", "label": "x\n[[ ## completed ## ]]\ny"}, "ChatAdapter would not read the same answer"),
+        (CLAUSE, {"text": "a", "label": "[[ ## label ## ]]"}, "ChatAdapter would not read the same answer back"),
+        (CLAUSE, {"text": "\ud800", "label": "x"}, "cannot send this row: .* not valid Unicode"),
+        (
+            dspy.Signature("photo: dspy.Image -> label"),
+            {"photo": dspy.Image("data:image/png;base64,AAAA"), "label": "x"},
+            "cannot send this row: LoRALM sends text",
+        ),
+    ],
+)
+def test_rows_that_serving_would_not_give_back_are_named(signature: Any, row: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        data.render(signature, [row], dspy.ChatAdapter())
+
+
+def test_an_exchange_holds_the_values_as_json_and_as_dspy_reads_them() -> None:
+    exchange = Renderer(CLAUSE).exchange({"text": 12, "label": " two\r\nlines "})
+    assert (exchange.inputs, exchange.outputs) == ({"text": "12"}, {"label": "two\nlines"})
+    nested = Renderer(Terms).exchange(TERMS)
+    assert nested.inputs | nested.outputs == TERMS | {"period": {"months": 12, "open": False}}
 
 
 @pytest.mark.parametrize("adapter", [dspy.ChatAdapter(), dspy.JSONAdapter()], ids=["chat", "json"])

@@ -37,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calls", type=int, default=192, help="calls a repeat (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=128, help="threads that call (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="repeats in turns (default: %(default)s)")
+    parser.add_argument(
+        "--joint", type=Path, metavar="DIR", help="instead: LoRAGEPA against its halves, on the domains' rows in DIR"
+    )
+    parser.add_argument("--metric-calls", type=int, default=800, help="budget of a method (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds of --joint (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
 
 
@@ -48,6 +53,11 @@ def run(args: argparse.Namespace) -> int:
     """
     for name in ("dspy", "httpx"):  # a warning for each answer that was cut, a line for each request
         logging.getLogger(name).setLevel(logging.ERROR)
+    if args.joint:
+        from dspy_lora.bench import joint
+
+        joint.run(args.joint, args.metric_calls, args.seeds, args.threads)
+        return 0
     bench = Bench(args.base_model, _engine(args.engine), args.calls, args.threads, args.repeats)
     figures: list[Figure] = []
     print(f"{'':58}{'median':>10}{'least':>10}{'most':>10}  bar")

@@ -7,18 +7,21 @@ and serving cannot drift apart: nothing here writes a prompt of its own.
 import hashlib
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from dspy_lora.errors import DataError
+from dspy_lora.training.rendering import Message, Renderer, Row, missing
 
 if TYPE_CHECKING:
     import dspy
     from transformers import PreTrainedTokenizerBase
 
-Row = dict[str, Any]
-Message = dict[str, Any]
+__all__ = [
+    "ChatExample", "Message", "Row", "Tokens", "hold_out", "is_match", "parse_line", "prompt_ids", "read_rows",
+    "render", "sha256", "tokenize",
+]  # fmt: skip
 
 _SHOWN = 5  # malformed rows an error message spells out; the rest are counted
 
@@ -57,7 +60,7 @@ def read_rows(path: str | Path, fields: Sequence[str] = ("text", "label")) -> li
     rows, problems = [], []
     for number, line in enumerate(_text(path).split("\n"), start=1):
         if line.strip():
-            row, problem = _parse(line, fields)
+            row, problem = parse_line(line, fields)
             rows.append(row)
             problems += [f"line {number}: {problem}"] if problem else []
     if problems:
@@ -79,23 +82,19 @@ def _text(path: Path) -> str:
         raise DataError(f"{path} cannot be read: {exc.strerror}. Give a .jsonl file of rows.") from exc
 
 
-def _parse(line: str, fields: Sequence[str]) -> tuple[Row, str | None]:
+def parse_line(line: str, fields: Sequence[str] = ()) -> tuple[Row, str | None]:
+    """Reads one line of a JSON-lines file.
+
+    Returns:
+        The row, and what is wrong with it: no JSON object, or one of the fields is missing or empty.
+    """
     try:
         row = json.loads(line)
     except json.JSONDecodeError as exc:
         return {}, f"not JSON ({exc.msg} at column {exc.colno})"
     if not isinstance(row, dict):
         return {}, f"a JSON object is needed, not {line.strip()[:40]!r}"
-    return row, _missing(row, fields)
-
-
-def _missing(row: Mapping[str, Any], fields: Sequence[str]) -> str | None:
-    for field in fields:
-        if field not in row:
-            return f"no {field!r} (it has {', '.join(map(repr, row)) or 'nothing'})"
-        if row[field] is None or (isinstance(row[field], str) and not row[field].strip()):
-            return f"{field!r} is empty"
-    return None
+    return row, missing(row, fields)
 
 
 def hold_out(rows: Sequence[Row], seed: int, share: float = 0.1, most: int = 200) -> tuple[list[Row], list[Row]]:
@@ -146,19 +145,17 @@ def render(
         One prompt and completion a row, in order.
 
     Raises:
-        DataError: A row lacks a field of the signature.
+        DataError: A row lacks a field of the signature, or DSPy cannot read its answer back.
     """
-    import dspy
-
-    adapter = adapter or dspy.ChatAdapter()
+    renderer = Renderer(signature, adapter, demos)
     examples = []
     for number, row in enumerate(rows, start=1):
-        if problem := _missing(row, list(signature.fields)):
-            raise DataError(f"row {number}: {problem}; the signature {signature.signature!r} needs every field.")
-        prompt = adapter.format(signature, list(demos), {name: row[name] for name in signature.input_fields})
-        outputs = {name: row[name] for name in signature.output_fields}
-        answer = adapter.format_assistant_message_content(signature, outputs)
-        examples.append(ChatExample(prompt=prompt, completion=[{"role": "assistant", "content": answer}]))
+        try:
+            exchange = renderer.exchange(row)
+        except DataError as exc:
+            raise DataError(f"row {number}: {exc}. `dspy-lora prepare` sets such rows aside.") from exc
+        answer = Message(role="assistant", content=exchange.answer)
+        examples.append(ChatExample(prompt=exchange.prompt, completion=[answer]))
     return examples
 
 
