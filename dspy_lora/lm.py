@@ -13,6 +13,9 @@ from dspy.clients.base_lm import LM_CLASS_STATE_KEY, BaseLM
 
 from dspy_lora.adapters.base import Base, resolve_base
 from dspy_lora.adapters.registry import AdapterRegistry, Revision
+from dspy_lora.auto import NAME as AUTO
+from dspy_lora.auto import AutoRoute
+from dspy_lora.classifier import DomainClassifier
 from dspy_lora.config import ServingConfig, load_config
 from dspy_lora.engine.local import AsyncLocalEngine, LocalEngine, async_local_engine, local_engine
 from dspy_lora.engine.protocol import Adapter
@@ -28,7 +31,16 @@ _MODEL = re.compile(r"lora/(?P<base>.+?)@(?P<revision>[0-9a-f]{12}|main)(?:/(?P<
 _PLAIN_LM = "dspy.clients.lm.LM"
 _ADDRESSES = ("server", "api_base", "base_url", "model_list")
 _SAFE_ENGINE_KEYS = ServingConfig.model_fields.keys() - {"trust_remote_code"}
-_REBIND = ("domain", "model", "registry", "engine", "api_base", "api_key")  # what a copy may change beside sampling
+_BOUND = ("_binding", "_base", "_registry", "_adapter", "_auto", "model", "_engine_spec", "_async_engine_spec")
+_REBIND = (
+    "domain",
+    "model",
+    "registry",
+    "engine",
+    "api_base",
+    "api_key",
+    "classifier",
+)  # what a copy may change beside sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +51,11 @@ class _Binding:
     registry: str | None
     engine: dict[str, Any]
     api_base: str | None
+    classifier: str | None = None
     api_key: str | None = dataclasses.field(default=None, repr=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Binding, (self.base, self.registry, self.engine, self.api_base)  # no key in a pickle
+        return _Binding, (self.base, self.registry, self.engine, self.api_base, self.classifier)  # no key in a pickle
 
 
 class LoRALM(dspy.LM):
@@ -55,9 +68,12 @@ class LoRALM(dspy.LM):
         model: The base model: a folder, a Hugging Face name, or ``"seedling"``; None takes the configured one, else
             the bundled seedling. A model string of another LoRALM (``lora/...``) is taken apart.
         domain: Name of the adapter, ``"legal"`` for its current revision or ``"legal@0123456789ab"`` for that one; None
-            for the base model alone. The revision is fixed here: ``copy(domain="legal")`` takes a newer one.
+            for the base model alone; ``"auto"`` for whichever adapter the classifier chooses call by call, or none. The
+            revision is fixed here: ``copy(domain="legal")`` takes a newer one.
         registry: Folder of the adapter registry; None takes the configured one, else ``adapters/`` in the working
             directory with the bundled adapters of the seedling under it.
+        classifier: Folder of the ``DomainClassifier`` that ``domain="auto"`` asks; None takes the packaged one, which
+            knows the domains of ``lora_config.yaml``.
         engine: Settings of the engine: keys of ``serving`` in ``lora_config.yaml``, or any argument of
             ``vllm.AsyncEngineArgs``.
         api_base: Address of a running OpenAI-compatible vLLM server, to be used instead of an own engine.
@@ -80,6 +96,7 @@ class LoRALM(dspy.LM):
         *,
         domain: str | None = None,
         registry: str | Path | None = None,
+        classifier: str | Path | None = None,
         engine: dict[str, Any] | None = None,
         api_base: str | None = None,
         api_key: str | None = None,
@@ -90,7 +107,7 @@ class LoRALM(dspy.LM):
         named = _MODEL.fullmatch(model or "")
         if named:
             model, domain = named["base"], domain or named["adapter"]
-        self._binding = _Binding(model, None if registry is None else str(registry), engine or {}, api_base, api_key)
+        self._binding = _Binding(model, _text(registry), engine or {}, api_base, _text(classifier), api_key)
         config = load_config()
         self._base = resolve_base(model or config.base_model)
         if named and named["revision"] != self._base.revision:
@@ -99,10 +116,11 @@ class LoRALM(dspy.LM):
                 f"{self._base.revision}. Give the base's name alone to take this one."
             )
         self._registry = AdapterRegistry(registry if registry is not None else config.registry)
-        self._adapter = self._resolve(domain)
+        self._auto = self._auto_route() if domain is not None and domain.split("@")[0] == AUTO else None
+        self._adapter = None if self._auto else self._resolve(domain)
         pair = self._engine_pair(config)
         super().__init__(
-            model=self._model_string(),
+            model=self._model_string(self._ref),
             temperature=temperature,
             max_tokens=max_tokens,
             engine=pair[0],
@@ -120,12 +138,12 @@ class LoRALM(dspy.LM):
 
     @property
     def domain(self) -> str | None:
-        """Name of the adapter; None for the base model alone."""
-        return self._adapter.adapter if self._adapter else None
+        """Name of the adapter, ``"auto"`` where every call chooses; None for the base model alone."""
+        return self._adapter.adapter if self._adapter else AUTO if self._auto else None
 
     @property
     def adapter(self) -> Revision | None:
-        """The adapter revision that answers; None for the base model alone."""
+        """The adapter revision that answers; None for the base model alone, and where every call chooses."""
         return self._adapter
 
     @property
@@ -144,9 +162,26 @@ class LoRALM(dspy.LM):
             )
         return revision
 
-    def _model_string(self) -> str:
+    def _auto_route(self) -> AutoRoute:
+        folder = self._binding.classifier
+        classifier = DomainClassifier.load(folder) if folder else DomainClassifier.packaged()
+        found = self._adapters_of(classifier)
+        return AutoRoute(
+            classifier, {None: self._model_string(None)} | {n: self._model_string(r.ref) for n, r in found}
+        )
+
+    def _adapters_of(self, classifier: DomainClassifier) -> list[tuple[str, Revision]]:
+        """The adapters of this base that the classifier can choose."""
+        mine = [each for each in self._registry.list() if each.base == self._base.revision]
+        return [(each.adapter, each) for each in mine if each.adapter in classifier.domains]
+
+    def _model_string(self, ref: str | None) -> str:
         name = f"lora/{self._base.name}@{self._base.revision}"
-        return f"{name}/{self._adapter.ref}" if self._adapter else name
+        return f"{name}/{ref}" if ref else name
+
+    @property
+    def _ref(self) -> str | None:
+        return self._adapter.ref if self._adapter else self._auto.ref if self._auto else None
 
     def _engine_pair(
         self, config: Any
@@ -160,10 +195,14 @@ class LoRALM(dspy.LM):
         return local_engine(settings), async_local_engine(settings)
 
     def _announce(self) -> None:
-        """Tells the engine objects which adapter this model string means."""
-        adapter = Adapter(self._adapter.ref, str(self._adapter.path)) if self._adapter else None
-        self._engine_spec.serve(self.model, adapter)
-        self._async_engine_spec.serve(self.model, adapter)
+        """Tells the engine objects which adapter this model string means, or how one is chosen."""
+        for engine in (self._engine_spec, self._async_engine_spec):
+            if self._auto:
+                engine.routes[self.model] = self._auto
+                for _, revision in self._adapters_of(self._auto.classifier):
+                    engine.serve(self._model_string(revision.ref), Adapter(revision.ref, str(revision.path)))
+            elif self._adapter:
+                engine.serve(self.model, Adapter(self._adapter.ref, str(self._adapter.path)))
 
     # -- calls -----------------------------------------------------------------------------------------------------
 
@@ -225,14 +264,14 @@ class LoRALM(dspy.LM):
         """Binds this (new) object to another adapter, base, registry or engine."""
         if "model" in changes:
             changes.setdefault("domain", None)
-        domain = changes.pop("domain", self._adapter.ref if self._adapter else None)
+        domain = changes.pop("domain", self._ref)
         binding = dataclasses.asdict(self._binding)
         other = LoRALM(
             changes.pop("model", binding.pop("base")),
             domain=domain,
             **{key: value for key, value in binding.items() if key != "base"} | changes,
         )
-        for name in ("_binding", "_base", "_registry", "_adapter", "model", "_engine_spec", "_async_engine_spec"):
+        for name in _BOUND:
             setattr(self, name, getattr(other, name))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LoRALM":
@@ -247,6 +286,8 @@ class LoRALM(dspy.LM):
         """What ``program.save`` writes: the base's and the adapter's revision, sampling settings, no key."""
         state: dict[str, Any] = BaseLM.dump_state(self)
         state |= {"registry": self._binding.registry, "engine": self._binding.engine, "base": self._binding.base}
+        if self._binding.classifier is not None:
+            state["classifier"] = self._binding.classifier
         if self._binding.api_base is not None:
             state["server"] = self._binding.api_base
         return state
@@ -274,7 +315,7 @@ class LoRALM(dspy.LM):
         if self.model != saved:
             raise ChangedAdapterError(
                 f"the program was saved with {saved!r}, but the base here is {self._base.name!r} at revision "
-                f"{self._base.revision}. Bring the saved base back, or compile the program again."
+                f"{self._base.revision} and the LM is {self.model!r}. Bring what was saved back, or compile again."
             )
         if self._adapter is not None:
             self._registry.verify(self._adapter)
@@ -338,6 +379,10 @@ def _unsafe(state: dict[str, Any]) -> str | None:
         return f"engine {engine!r}" if engine else None
     unknown = sorted(set(engine) - _SAFE_ENGINE_KEYS)
     return f"engine setting {unknown[0]!r}" if unknown else None
+
+
+def _text(path: str | Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def _with_knobs(kwargs: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

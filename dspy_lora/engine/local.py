@@ -10,6 +10,7 @@ from dspy import lm15
 from dspy_lora.engine import translate
 from dspy_lora.engine.client import EngineClient, Pending, engine_client
 from dspy_lora.engine.protocol import Adapter, Delta, Done, Failed
+from dspy_lora.engine.routes import Routes, choose_model
 from dspy_lora.engine.samples import Samples
 from dspy_lora.engine.settings import EngineSettings
 from dspy_lora.errors import EngineError
@@ -29,6 +30,7 @@ class _Engine:
     def __init__(self, settings: EngineSettings) -> None:
         self.settings = settings
         self.adapters: dict[str, Adapter] = {}
+        self.routes: Routes = {}
         self.supports_function_calling = settings.tool_parser is not None
         self.supports_reasoning = settings.reasoning_parser is not None
 
@@ -77,12 +79,13 @@ class LocalEngine(_Engine):
 
     def complete(self, request: lm15.Request) -> lm15.Response:
         """Answers one request; see ``dspy.clients.engines.base.Engine``."""
+        request = choose_model(self.routes, request)
         group = Samples.current()
         return group.take() or group.keep(self._answer(self._submit(request, group.ask(request)), request.model))
 
     def stream(self, request: lm15.Request) -> Iterator[Any]:
         """Stream events, token by token. Several samples of one call are drawn first and shown one by one."""
-        group = Samples.current()
+        request, group = choose_model(self.routes, request), Samples.current()
         yield lm15.StreamStartEvent(model=request.model)
         shown = translate.Shown()
         if group.wanted > 1:
@@ -116,14 +119,14 @@ class AsyncLocalEngine(_Engine):
 
     async def complete(self, request: lm15.Request) -> lm15.Response:
         """Answers one request."""
-        group = Samples.current()
+        request, group = choose_model(self.routes, request), Samples.current()
         if (ready := group.take()) is not None:
             return ready
         return group.keep(await self._answer(self._submit(request, group.ask(request)), request.model))
 
     async def stream(self, request: lm15.Request) -> AsyncIterator[Any]:
         """Stream events, token by token."""
-        group = Samples.current()
+        request, group = choose_model(self.routes, request), Samples.current()
         yield lm15.StreamStartEvent(model=request.model)
         shown = translate.Shown()
         if group.wanted > 1:

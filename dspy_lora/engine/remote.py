@@ -23,6 +23,7 @@ from dspy_lora.adapters.base import Base
 from dspy_lora.config import API_KEY_VARIABLE
 from dspy_lora.engine import translate
 from dspy_lora.engine.protocol import Adapter
+from dspy_lora.engine.routes import Routes, choose_model
 from dspy_lora.engine.samples import Samples
 
 _TIMEOUT_S = 600.0  # as of DSPy's own client
@@ -47,6 +48,7 @@ class _Remote:
         self.api_key = api_key
         self.base = base
         self.adapters: dict[str, Adapter] = {}
+        self.routes: Routes = {}
         self._served: dict[str, str] = {}
         self._lock = threading.Lock()
 
@@ -240,6 +242,7 @@ class RemoteEngine(_Remote):
 
     def complete(self, request: lm15.Request) -> lm15.Response:
         """Answers one request; the samples of one call are one request."""
+        request = choose_model(self.routes, request)
         group = Samples.current()
         if (ready := group.take()) is not None:
             return ready
@@ -254,6 +257,7 @@ class RemoteEngine(_Remote):
 
     def stream(self, request: lm15.Request) -> Iterator[Any]:
         """Stream events, token by token. Several samples of one call are drawn first and shown one by one."""
+        request = choose_model(self.routes, request)
         if Samples.current().wanted > 1:
             yield lm15.StreamStartEvent(model=request.model)
             yield from translate.Shown().rest(self.complete(request))
@@ -287,6 +291,7 @@ class AsyncRemoteEngine(_Remote):
 
     async def complete(self, request: lm15.Request) -> lm15.Response:
         """Answers one request; the samples of one call are one request."""
+        request = choose_model(self.routes, request)
         group = Samples.current()
         if (ready := group.take()) is not None:
             return ready
@@ -300,6 +305,7 @@ class AsyncRemoteEngine(_Remote):
 
     async def stream(self, request: lm15.Request) -> AsyncIterator[Any]:
         """Stream events, token by token."""
+        request = choose_model(self.routes, request)
         if Samples.current().wanted > 1:
             yield lm15.StreamStartEvent(model=request.model)
             for event in translate.Shown().rest(await self.complete(request)):

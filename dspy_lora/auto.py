@@ -1,0 +1,40 @@
+"""``LoRALM(domain="auto")``: the adapter for a call, chosen by what the call asks."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+
+from dspy import lm15
+
+from dspy_lora.classifier import DomainClassifier
+
+NAME = "auto"
+_MARK = re.compile(r"\[\[ ## \w+ ## \]\]")
+_CLOSING = re.compile(r"\n\nRespond with .*", re.DOTALL)  # what DSPy's adapters end a prompt with
+
+
+class AutoRoute:
+    """Chooses a model string for a request.
+
+    Args:
+        classifier: Says which domain the question is of.
+        models: Model string of each domain that has an adapter; that of the base model alone under None.
+    """
+
+    def __init__(self, classifier: DomainClassifier, models: Mapping[str | None, str]) -> None:
+        self.classifier, self.models = classifier, dict(models)
+        known = json.dumps([sorted(map(str, self.models.values())), list(classifier.domains), classifier.margin])
+        #: The route's own name; it changes with the adapters and the classifier, as DSPy's cache wants it.
+        self.ref = f"{NAME}@{hashlib.sha256(known.encode()).hexdigest()[:12]}"
+
+    def __call__(self, request: lm15.Request) -> str:
+        """The model string that answers: an adapter's, or the base model's where no domain is clear enough."""
+        domain = self.classifier.choose(question(request)).domain
+        return self.models.get(domain, self.models[None])
+
+
+def question(request: lm15.Request) -> str:
+    """The last user message without what DSPy's adapters write around the fields."""
+    text = next((message.text for message in reversed(request.messages) if message.role == "user"), None) or ""
+    return _MARK.sub(" ", _CLOSING.sub("", text)).strip()
