@@ -120,7 +120,7 @@ class LoRALM(dspy.LM):
         self._adapter = None if self._auto else self._resolve(domain)
         pair = self._engine_pair(config)
         super().__init__(
-            model=self._model_string(self._ref),
+            model=self._model_string(self.ref),
             temperature=temperature,
             max_tokens=max_tokens,
             engine=pair[0],
@@ -180,7 +180,8 @@ class LoRALM(dspy.LM):
         return f"{name}/{ref}" if ref else name
 
     @property
-    def _ref(self) -> str | None:
+    def ref(self) -> str | None:
+        """What answers, by content: ``legal@0123456789ab``, ``auto@...``; None for the base model alone."""
         return self._adapter.ref if self._adapter else self._auto.ref if self._auto else None
 
     def _engine_pair(
@@ -264,7 +265,7 @@ class LoRALM(dspy.LM):
         """Binds this (new) object to another adapter, base, registry or engine."""
         if "model" in changes:
             changes.setdefault("domain", None)
-        domain = changes.pop("domain", self._ref)
+        domain = changes.pop("domain", self.ref)
         binding = dataclasses.asdict(self._binding)
         other = LoRALM(
             changes.pop("model", binding.pop("base")),

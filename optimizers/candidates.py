@@ -2,7 +2,8 @@
 
 GEPA's candidate is a dictionary of texts, one a predictor. The text begins with a line that names the adapter by its
 content-hashed revision, so GEPA's Pareto front, evaluation cache and merge hold, and merge, which takes whole texts,
-never parts an instruction from the adapter it was written for.
+never parts an instruction from the adapter it was written for. ``auto``, the classifier's choice for every call, is one
+more adapter.
 """
 
 import re
@@ -84,6 +85,7 @@ class Space:
         if not isinstance(lm, LoRALM):
             return [KEPT]
         known = {revision.adapter: revision.ref for revision in lm.registry.list() if revision.base == lm.base.revision}
+        known["auto"] = str(lm.copy(domain="auto").ref)
         wanted = known if adapters == "all" else adapters(name, predictor) if callable(adapters) else adapters
         chosen = [BASE]
         for word in wanted:
@@ -99,7 +101,7 @@ class Space:
         lm = self._own[name] or self.lm
         if not isinstance(lm, LoRALM):
             return KEPT
-        return lm.adapter.ref if lm.adapter else BASE
+        return lm.ref or BASE
 
     def _lm_for(self, name: str, arm: str) -> LoRALM:
         if (name, arm) not in self._lms:

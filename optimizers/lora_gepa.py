@@ -42,7 +42,8 @@ class LoRAGEPA(dspy.GEPA):
         metric: As for ``dspy.GEPA``: ``(gold, pred, trace, pred_name, pred_trace)`` to a float or a ``dspy.Prediction``
             with ``score``, ``feedback`` and perhaps ``objective_scores``.
         lm: Answers where a predictor has no LM of its own, and lends its adapters; None takes ``dspy.settings.lm``.
-        adapters: ``"all"`` of the LM's registry, their names, or a function of a predictor's name and the predictor.
+        adapters: ``"all"`` of the LM's registry and ``"auto"`` (the classifier's choice for every call), some names of
+            these, or a function of a predictor's name and the predictor that returns names.
         adapter_budget: Share of the metric calls for the race.
         select_adapters: Whether adapters are chosen; else every predictor keeps its own.
         optimize_prompts: Whether instructions are evolved.

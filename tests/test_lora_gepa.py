@@ -99,6 +99,14 @@ def test_it_finds_the_adapter_that_knows_the_task_and_leaves_the_program_alone(w
     assert result.choice.gain < 0.01
 
 
+def test_rows_of_several_domains_get_the_classifier_s_choice_call_by_call(world):
+    world.knows = {"legal": ("apple", "carrot"), "financial": ("hammer", "violin"), "auto": tuple(LABELS)}
+    compiled = optimizer(adapters=["legal", "financial", "auto"], optimize_prompts=False).compile(
+        dspy.Predict("text -> label"), trainset=rows(40), valset=rows(40, shift=40)
+    )
+    assert adapters(compiled)["self"].startswith("auto@")
+
+
 def test_rules_are_written_where_no_adapter_knows_the_task(world):
     world.knows = {}
     compiled = optimizer(max_metric_calls=900).compile(
