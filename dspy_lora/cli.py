@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _ROOMS = {
     "bench": ("dspy_lora.bench.command", "measure speed and memory against plain vLLM and DSPy over HTTP"),
     "demo": ("dspy_lora.demo", "answer questions of twelve domains in one batch, on the bundled model"),
+    "evaluate": ("dspy_lora.evaluation.command", "measure an adapter against its base, or many adapters on one scale"),
     "merge": ("dspy_lora.merging.command", "merge adapters into their base, or into one another"),
     "prepare": ("dspy_lora.prepare.command", "turn raw data into rows to train, validate and test on"),
     "route": ("dspy_lora.route_command", "say which domain a text is of, or measure how well that is said"),

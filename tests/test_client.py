@@ -75,7 +75,7 @@ class StandIn:
 
 @pytest.fixture
 def client(monkeypatch):
-    monkeypatch.setattr(client_module, "_HostProcess", StandIn)
+    monkeypatch.setattr(client_module, "HostProcess", StandIn)
     monkeypatch.setattr(StandIn, "made", [], raising=False)
     monkeypatch.setattr(client_module, "_POLL_MS", 5)
     client = EngineClient(SETTINGS)
@@ -377,7 +377,7 @@ def test_equal_settings_share_a_client(client):
 
 
 def test_sending_to_a_host_that_is_gone_does_not_block(monkeypatch):
-    dead = client_module._HostProcess(SETTINGS)
+    dead = client_module.HostProcess(SETTINGS)
     try:
         dead.start()
         dead.process.kill()

@@ -17,7 +17,7 @@ import pytest
 
 from dspy_lora import LoRALM
 from dspy_lora.adapters.base import SEEDLING_FOLDER
-from dspy_lora.engine import client as client_module
+from dspy_lora.engine import host_process
 from dspy_lora.errors import EngineStartError, MissingDependencyError
 
 pytestmark = pytest.mark.timeout(600)
@@ -83,7 +83,7 @@ def test_a_full_disk_is_named_and_the_next_call_tries_again(temp, monkeypatch):
         patch.setattr(tempfile, "mkdtemp", full)
         assert "No space left on device" in failure(max_num_seqs=5)
     with monkeypatch.context() as patch:
-        patch.setattr(client_module.subprocess, "Popen", full)
+        patch.setattr(host_process.subprocess, "Popen", full)
         assert "No space left on device" in failure(max_num_seqs=5)
 
 

@@ -10,7 +10,7 @@ import sys
 import time
 from typing import Any
 
-from dspy_lora.engine.host import engine_args
+from dspy_lora.engine.arguments import engine_args
 
 
 def _generate(llm: Any, loras: dict[str, Any], ask: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import runpy
 import sys
 from typing import Any
 
-from dspy_lora.engine.host import engine_args
+from dspy_lora.engine.arguments import engine_args
 
 _MODULE = "vllm.entrypoints.openai.api_server"
 

@@ -1,10 +1,11 @@
 """The engine: vLLM in a child process of ours, and what DSPy calls in the user's process.
 
-client.py     the user's side: starts the child, sends requests, restarts it once when it dies
-protocol.py   the messages between the two
+local.py      what ``dspy.LM`` calls · client.py  the user's side: sends requests, restarts the child once when it dies
+protocol.py   the messages between the two · host_process.py  the child as its user sees it
 host.py       the child process that owns vLLM's ``AsyncLLM``, the tokenizer, the chat template and the parsers
+arguments.py  what vLLM is started with · grammar.py  JSON schemas with bounded whitespace · statistics.py  counts
 translate.py  ``dspy.lm15`` requests and responses to and from messages
-remote.py     servers that speak the OpenAI API instead of a child process
+remote.py     servers that speak the OpenAI API instead of a child process · routes.py  models chosen by request
 settings.py   what an engine is started with
 failures.py   what to tell a user whose engine did not come up, or died
 processes.py  ending an engine with everything that belongs to it

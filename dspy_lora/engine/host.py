@@ -6,7 +6,6 @@ processes with it.
 """
 
 import asyncio
-import dataclasses
 import functools
 import json
 import os
@@ -22,6 +21,8 @@ import zmq
 import zmq.asyncio
 
 from dspy_lora.adapters.peft_config import read_peft_config
+from dspy_lora.engine.arguments import engine_args, set_environment
+from dspy_lora.engine.grammar import bounded
 from dspy_lora.engine.parsers import Parsers, check_parsers
 from dspy_lora.engine.processes import kill_own_group
 from dspy_lora.engine.protocol import (
@@ -40,7 +41,7 @@ from dspy_lora.engine.protocol import (
     StartFailed,
     Token,
 )
-from dspy_lora.engine.settings import check_engine_args
+from dspy_lora.engine.statistics import Statistics
 from dspy_lora.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -48,12 +49,9 @@ if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput, RequestOutput
     from vllm.v1.engine.async_llm import AsyncLLM
 
-_GROUPED_LORA_VLLM = "0.32."  # the versions that cpu_lora.py was tested with
 ENGINE_DIED = 70  # exit status that tells the client vLLM's core is gone
 _PARENT_POLL_S = 2.0
 _ENGINE_POLL_S = 0.5
-# A weak model may write spaces and newlines for ever where a JSON schema lets it; indented JSON needs no longer run.
-_MAX_WHITESPACE = 16
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank may be
 
 
@@ -73,7 +71,7 @@ class Host:
         engine: "AsyncLLM",
         parsers: Parsers,
         replies: zmq.asyncio.Socket,
-        stats: "Statistics",
+        stats: Statistics,
         max_lora_rank: int,
     ) -> None:
         self.engine = engine
@@ -166,7 +164,7 @@ class Host:
         room = self.max_model_len - prompt_tokens
         sampling["max_tokens"] = min(sampling.get("max_tokens") or room, room)
         if structured := sampling.pop("structured_outputs", None):
-            structured = _bounded(structured, self.engine.vllm_config.structured_outputs_config)
+            structured = bounded(structured, self.engine.vllm_config.structured_outputs_config)
             sampling["structured_outputs"] = StructuredOutputsParams(**structured)
         sampling["output_kind"] = RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY
         return SamplingParams(**sampling | self.parsers.sampling(request))
@@ -276,76 +274,6 @@ class ContextTooLong(ValueError):
     """A prompt that does not fit the model's context."""
 
 
-class Statistics:
-    """Running totals and vLLM's newest scheduler statistics."""
-
-    def __init__(self) -> None:
-        self.started = time.monotonic()
-        self.requests = self.prompt_tokens = self.output_tokens = 0
-        self.running = self.waiting = 0
-        self.kv_cache_usage = 0.0
-        self.cache_queries = self.cache_hits = 0
-        self._window = (self.started, 0)
-
-    def count(self, prompt_tokens: int, output_tokens: int) -> None:
-        """Adds one finished request."""
-        self.requests += 1
-        self.prompt_tokens += prompt_tokens
-        self.output_tokens += output_tokens
-
-    def record(self, scheduler: Any) -> None:
-        """Takes over vLLM's ``SchedulerStats``."""
-        self.running, self.waiting = scheduler.num_running_reqs, scheduler.num_waiting_reqs
-        self.kv_cache_usage = scheduler.kv_cache_usage
-        self.cache_queries += scheduler.prefix_cache_stats.queries
-        self.cache_hits += scheduler.prefix_cache_stats.hits
-
-    def snapshot(self) -> dict[str, Any]:
-        """The figures ``engine_stats()`` shows; tokens per second since the last snapshot."""
-        now = time.monotonic()
-        since, tokens = self._window
-        self._window = (now, self.output_tokens)
-        return {
-            "running": self.running,
-            "waiting": self.waiting,
-            "requests": self.requests,
-            "prompt_tokens": self.prompt_tokens,
-            "output_tokens": self.output_tokens,
-            "output_tokens_per_s": (self.output_tokens - tokens) / max(now - since, 1e-9),
-            "kv_cache_usage": self.kv_cache_usage,
-            "prefix_cache_queries": self.cache_queries,
-            "prefix_cache_hits": self.cache_hits,
-            "uptime_s": now - self.started,
-            "pid": os.getpid(),
-        }
-
-
-def _bounded(structured: dict[str, Any], config: Any) -> dict[str, Any]:
-    """Bounds the whitespace of constrained JSON, where xgrammar enforces it."""
-    if config.backend not in ("auto", "xgrammar") or config.disable_any_whitespace:
-        return structured
-    schema = {"type": "object"} if structured.get("json_object") else structured.get("json")
-    if not isinstance(schema, dict) or not (grammar := _json_grammar(json.dumps(schema))):
-        return structured
-    return {key: value for key, value in structured.items() if key not in ("json", "json_object")} | {
-        "grammar": grammar
-    }
-
-
-@functools.lru_cache(maxsize=256)
-def _json_grammar(schema: str) -> str | None:
-    """A JSON schema as a grammar with bounded whitespace; None where xgrammar cannot enforce it, which vLLM handles."""
-    import xgrammar
-    from vllm.v1.structured_output.backend_xgrammar import has_xgrammar_unsupported_json_features
-
-    if has_xgrammar_unsupported_json_features(json.loads(schema)):
-        return None
-    try:
-        return str(xgrammar.Grammar.from_json_schema(schema, max_whitespace_cnt=_MAX_WHITESPACE))
-    except RuntimeError:
-        return None
-
-
 def _tokens(request: Generate, output: "CompletionOutput") -> list[Token] | None:
     """The log-probabilities of a sample, or of a piece of it; None where none were asked for."""
     if output.logprobs is None:
@@ -391,70 +319,9 @@ def _watch_parent(folder: str) -> None:
         threading.Thread(target=target, daemon=True).start()
 
 
-def _set_environment() -> None:
-    """Sets what vLLM and OpenMP read from the environment, unless the user did. To be called before vLLM is imported.
-
-    ``VLLM_CPU_NUM_OF_RESERVED_CPU=0`` uses every core; vLLM leaves one idle otherwise.
-    ``OMP_WAIT_POLICY=PASSIVE`` lets threads that wait for each other sleep. They spin otherwise, and where anything
-    else wants a core, each waits for one that is not running.
-    """
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
-def _cpu_args(kv_cache_gib: float, version: str) -> dict[str, Any]:
-    """Arguments of the engine on a CPU, unless the user gives them.
-
-    ``VLLM_ENABLE_V1_MULTIPROCESSING=0`` puts the one worker into the core's process, which saves a process, its memory
-    and a hop for each step. Blocks of 32 tokens let the prefix cache keep what calls share (instruction and field
-    names) to within 32 tokens; vLLM's own 128 are longer than most instructions. ``dspy-lora bench --only defaults``
-    measures them.
-
-    Args:
-        kv_cache_gib: Size of the KV cache; vLLM's own environment variable comes before it.
-        version: vLLM's.
-    """
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    args: dict[str, Any] = {"block_size": 32}
-    if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
-        args["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
-    if version.startswith(_GROUPED_LORA_VLLM):
-        args["worker_cls"] = "dspy_lora.engine.cpu_lora.GroupedCPUWorker"
-    else:
-        print(f"LoRA by vLLM {version}'s own path: dspy-lora's is for {_GROUPED_LORA_VLLM}*", file=sys.stderr)
-    return args
-
-
-def engine_args(settings: dict[str, Any]) -> dict[str, Any]:
-    """Arguments for ``vllm.AsyncEngineArgs``; the benchmark starts plain vLLM with the same.
-
-    Args:
-        settings: ``EngineSettings`` as a dictionary.
-
-    Returns:
-        The arguments.
-
-    Raises:
-        ConfigError: A setting that this vLLM does not know.
-    """
-    _set_environment()
-    import vllm
-    from vllm.platforms import current_platform
-
-    args = {"enable_lora": True, "max_loras": 12, "max_lora_rank": 16, "disable_log_stats": True}
-    if settings["reasoning_parser"]:  # vLLM applies a schema to what follows the reasoning only if it knows the parser
-        args["reasoning_parser"] = settings["reasoning_parser"]
-    if current_platform.is_cpu():
-        args |= _cpu_args(settings["kv_cache_gib"], vllm.__version__)
-    args |= json.loads(settings["args"])
-    check_engine_args(args, {field.name for field in dataclasses.fields(vllm.AsyncEngineArgs)})
-    return args | {"model": settings["base"]["path"]}
-
-
 def _start(settings: dict[str, Any], stats: Statistics) -> "tuple[AsyncLLM, dict[str, Any]]":
     """Brings vLLM up; must run inside the event loop that will use it."""
-    _set_environment()
+    set_environment()
     import vllm
     from vllm import AsyncEngineArgs
     from vllm.platforms import current_platform

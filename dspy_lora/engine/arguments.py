@@ -1,0 +1,72 @@
+"""What vLLM is started with: dspy-lora's defaults under the caller's settings."""
+
+import dataclasses
+import json
+import os
+import sys
+from typing import Any
+
+from dspy_lora.engine.settings import check_engine_args
+
+_GROUPED_LORA_VLLM = "0.32."  # the versions that cpu_lora.py was tested with
+
+
+def set_environment() -> None:
+    """Sets what vLLM and OpenMP read from the environment, unless the user did. To be called before vLLM is imported.
+
+    ``VLLM_CPU_NUM_OF_RESERVED_CPU=0`` uses every core; vLLM leaves one idle otherwise.
+    ``OMP_WAIT_POLICY=PASSIVE`` lets threads that wait for each other sleep. They spin otherwise, and where anything
+    else wants a core, each waits for one that is not running.
+    """
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def _cpu_args(kv_cache_gib: float, version: str) -> dict[str, Any]:
+    """Arguments of the engine on a CPU, unless the user gives them.
+
+    ``VLLM_ENABLE_V1_MULTIPROCESSING=0`` puts the one worker into the core's process, which saves a process, its memory
+    and a hop for each step. Blocks of 32 tokens let the prefix cache keep what calls share (instruction and field
+    names) to within 32 tokens; vLLM's own 128 are longer than most instructions. ``dspy-lora bench --only defaults``
+    measures them.
+
+    Args:
+        kv_cache_gib: Size of the KV cache; vLLM's own environment variable comes before it.
+        version: vLLM's.
+    """
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    args: dict[str, Any] = {"block_size": 32}
+    if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        args["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
+    if version.startswith(_GROUPED_LORA_VLLM):
+        args["worker_cls"] = "dspy_lora.engine.cpu_lora.GroupedCPUWorker"
+    else:
+        print(f"LoRA by vLLM {version}'s own path: dspy-lora's is for {_GROUPED_LORA_VLLM}*", file=sys.stderr)
+    return args
+
+
+def engine_args(settings: dict[str, Any]) -> dict[str, Any]:
+    """Arguments for ``vllm.AsyncEngineArgs``; the benchmark starts plain vLLM with the same.
+
+    Args:
+        settings: ``EngineSettings`` as a dictionary.
+
+    Returns:
+        The arguments.
+
+    Raises:
+        ConfigError: A setting that this vLLM does not know.
+    """
+    set_environment()
+    import vllm
+    from vllm.platforms import current_platform
+
+    args = {"enable_lora": True, "max_loras": 12, "max_lora_rank": 16, "disable_log_stats": True}
+    if settings["reasoning_parser"]:  # vLLM applies a schema to what follows the reasoning only if it knows the parser
+        args["reasoning_parser"] = settings["reasoning_parser"]
+    if current_platform.is_cpu():
+        args |= _cpu_args(settings["kv_cache_gib"], vllm.__version__)
+    args |= json.loads(settings["args"])
+    check_engine_args(args, {field.name for field in dataclasses.fields(vllm.AsyncEngineArgs)})
+    return args | {"model": settings["base"]["path"]}
