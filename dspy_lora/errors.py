@@ -9,6 +9,7 @@
     ├── PublishError (OSError)                 the disk refused: nothing was published
     ├── DataError (ValueError)                 rows that cannot be trained or evaluated on
     ├── TrainingError (RuntimeError)           a training run that ended early
+    │   └── DivergedError                      its loss is no longer a number
     ├── MissingDependencyError (ImportError)   a package of an extra is not installed
     └── EngineError (RuntimeError)             the engine process
         ├── EngineStartError                   it did not come up
@@ -56,6 +57,10 @@ class DataError(DspyLoraError, ValueError):
 
 class TrainingError(DspyLoraError, RuntimeError):
     """A training run could not be finished."""
+
+
+class DivergedError(TrainingError):
+    """The loss is no longer a number: the same settings would end the same way again."""
 
 
 class MissingDependencyError(DspyLoraError, ImportError):

@@ -1,22 +1,36 @@
 """Training on a tiny random base: what is learnt, what is written, what is refused."""
 
 import argparse
+import errno
 import json
 import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import dspy
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from dspy_lora.errors import ConfigError, DataError, TrainingError, UnknownDomainError
+from dspy_lora.config import load_config
+from dspy_lora.errors import (
+    ConfigError,
+    DataError,
+    DivergedError,
+    MissingDependencyError,
+    PublishError,
+    TrainingError,
+    UnknownDomainError,
+)
 
 torch = pytest.importorskip("torch")
 for package in ("transformers", "peft", "trl", "datasets"):
     pytest.importorskip(package)
 
-from dspy_lora.training import command, data, scoring  # noqa: E402
+from dspy_lora.training import command, data, order, scoring, sft  # noqa: E402
 from dspy_lora.training.sft import TrainConfig, train  # noqa: E402
 
 SIGNATURE = dspy.Signature("text -> label", "Say which animal it is.")
@@ -96,7 +110,7 @@ def tokenizer(base: Path) -> Any:
     return AutoTokenizer.from_pretrained(base)
 
 
-def settings(base: Path, folder: Path, **changes: Any) -> TrainConfig:
+def settings(base: str | Path, folder: Path, **changes: Any) -> TrainConfig:
     defaults: dict[str, Any] = {
         "signature": SIGNATURE,
         "train": make_rows(64),
@@ -205,7 +219,7 @@ def test_a_base_without_a_chat_template_is_refused(base: Path) -> None:
 def test_the_adapter_learns_the_task(trained: tuple[TrainConfig, str]) -> None:
     config, _ = trained
     losses = [line["loss"] for line in read_metrics(config) if "loss" in line]
-    assert losses[-1] < losses[0] / 2
+    assert losses[-1] < losses[0] * 0.7
     result = read_card(config)["result"]
     assert result["exact_match"] >= result["base_exact_match"] + 0.25
 
@@ -244,6 +258,8 @@ def test_the_run_card_says_what_was_done(trained: tuple[TrainConfig, str], base:
     assert card["versions"]["torch"] == torch.__version__
     assert card["hardware"]["cpus"] >= 1
     assert card["wall_seconds"] > 0
+    assert card["gpu_hours"] == pytest.approx(card["wall_seconds"] / 3600 * card["hardware"]["gpus"], abs=1e-4)
+    assert card["hardware"]["peak_memory"] > 1e8
 
 
 def test_the_adapter_folder_is_plain_safetensors(trained: tuple[TrainConfig, str], base: Path) -> None:
@@ -252,7 +268,9 @@ def test_the_adapter_folder_is_plain_safetensors(trained: tuple[TrainConfig, str
     config, _ = trained
     folder = config.output_dir / "adapter"
     assert {file.name for file in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
-    assert {path.name for path in config.output_dir.iterdir()} == {"adapter", "metrics.jsonl", "run.json"}
+    assert {path.name for path in config.output_dir.iterdir()} == {
+        "adapter", "loss.png", "metrics.jsonl", "run.json",
+    }  # fmt: skip
     written = json.loads((folder / "adapter_config.json").read_text())
     assert (written["r"], written["lora_alpha"], written["use_rslora"], written["bias"]) == (16, 32, True, "none")
     assert written["base_model_name_or_path"] == str(base)
@@ -327,9 +345,9 @@ def test_a_run_publishes_what_it_trained(base: Path, tmp_path: Path) -> None:
 
 
 def test_a_loss_that_explodes_ends_the_run(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"no longer a number\. Use a smaller learning_rate"):
+    with pytest.raises(DivergedError, match=r"no longer a number\. Use a smaller learning_rate"):
         train(settings(base, tmp_path, learning_rate=1e30, max_steps=20, eval_every=20, quiet=True))
-    assert not (tmp_path / "adapter").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl"}
 
 
 def test_no_rows_are_refused(base: Path, tmp_path: Path) -> None:
@@ -337,6 +355,352 @@ def test_no_rows_are_refused(base: Path, tmp_path: Path) -> None:
         train(settings(base, tmp_path, train=[]))
     with pytest.raises(DataError, match="no rows to validate on"):
         train(settings(base, tmp_path, dev=[]))
+
+
+# The order of the rows
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 8), st.integers(1, 20))
+def test_every_row_comes_once_before_any_comes_again(lengths: list[int], batch_size: int, steps: int) -> None:
+    laid_out = order.row_order(lengths, batch_size, steps, seed=3)
+    assert len(laid_out) == steps * batch_size
+    for start in range(0, len(laid_out), len(lengths)):
+        epoch = laid_out[start : start + len(lengths)]
+        assert len(set(epoch)) == len(epoch)
+    assert laid_out == order.row_order(lengths, batch_size, steps, seed=3)
+    assert order.row_order(lengths, batch_size, 2 * steps, seed=3)[: len(laid_out)] == laid_out
+
+
+def test_rows_of_like_length_share_a_step() -> None:
+    lengths = [length for length in range(1, 65) for _ in range(2)]
+    laid_out = order.row_order(lengths, 8, 16, seed=0)
+    widths = [
+        max(lengths[i] for i in laid_out[j : j + 8]) - min(lengths[i] for i in laid_out[j : j + 8])
+        for j in range(0, 128, 8)
+    ]
+    assert sum(widths) / len(widths) < 32  # 50 in any order
+
+
+# Runs that end early
+
+
+def weights(config: TrainConfig) -> bytes:
+    return (config.output_dir / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def short(base: str | Path, folder: Path, **changes: Any) -> TrainConfig:
+    """Seven steps over three passes of the rows, two steps between checkpoints, the last one at the seventh."""
+    defaults = {"train": make_rows(20), "max_steps": 7, "adapter_dtype": "float32", "select_by": "loss"}
+    return settings(base, folder, **(defaults | changes))
+
+
+@pytest.fixture(scope="module")
+def unbroken(base: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    config = short(base, tmp_path_factory.mktemp("unbroken") / "run", quiet=True)
+    train(config)
+    return config
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    from dspy_lora.training.watch import Watch
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Watch, "on_step_end", on_step_end)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import dspy
+from dspy_lora.training.sft import TrainConfig, train
+from dspy_lora.training.watch import Watch
+
+Watch.on_step_end = lambda self, args, state, control, **_: (
+    os.kill(os.getpid(), signal.SIGKILL) if state.global_step == 3 else None
+)
+train(TrainConfig.model_validate_json(sys.argv[1], context=None).model_copy(
+    update={"signature": dspy.Signature("text -> label", sys.argv[2])}
+))
+"""
+
+
+def test_a_killed_run_of_the_seedling_ends_with_the_weights_of_an_unbroken_one(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    changes = {"train": make_rows(5), "dev": make_rows(2), "eval_rows": 1, "max_steps": 6, "batch_size": 1, "r": 4}
+    changes |= {"target_modules": ("q_proj", "v_proj")}
+    whole, killed = (short("seedling", tmp_path / name, **changes, quiet=True) for name in ("whole", "killed"))
+    train(whole)
+    written = json.dumps(killed.model_dump(mode="json", exclude={"signature"}) | {"signature": None})
+    command = [sys.executable, "-c", KILLED, written, SIGNATURE.instructions]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == -9
+    assert not (killed.output_dir / "adapter").exists()
+    assert (killed.output_dir / "checkpoints" / "checkpoint-2").is_dir()
+    train(killed, resume=True)
+    files = [load_file(config.output_dir / "adapter" / "adapter_model.safetensors") for config in (whole, killed)]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+    assert any(weight.abs().max() > 0 for name, weight in files[0].items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize(("step", "checkpoint"), [(1, None), (3, 2), (5, 4), (7, 6)])
+def test_a_run_goes_on_from_its_last_checkpoint(
+    step: int,
+    checkpoint: int | None,
+    base: Path,
+    unbroken: TrainConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = short(base, tmp_path / "run", registry=tmp_path / "registry")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, step)
+        train(config)
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert ("no checkpoint yet" if checkpoint is None else f"last checkpoint is of step {checkpoint} (") in said
+    assert not (tmp_path / "registry").exists() and not (config.output_dir / "adapter").exists()
+    train(config, resume=True)
+    assert weights(config) == weights(unbroken)
+    assert (f"going on from step {checkpoint}, " in capsys.readouterr().out) == (checkpoint is not None)
+    steps = [(line["step"], line.get("eval_loss")) for line in read_metrics(config)]
+    assert steps == [(line["step"], line.get("eval_loss")) for line in read_metrics(unbroken)]
+    assert [line["seconds"] for line in read_metrics(config)] == sorted(
+        line["seconds"] for line in read_metrics(config)
+    )
+    assert read_card(config)["result"] == read_card(unbroken)["result"]
+    assert not (config.output_dir / "checkpoints").exists()
+
+
+def test_a_run_killed_after_its_last_step_trains_no_further(
+    base: Path, unbroken: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = short(base, tmp_path / "run", quiet=True)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sft, "save_adapter", lambda *_: interrupted())
+        train(config)
+    train(config, resume=True)
+    assert weights(config) == weights(unbroken)
+    assert read_card(config)["result"] == read_card(unbroken)["result"]
+
+
+def interrupted() -> None:
+    raise KeyboardInterrupt
+
+
+def test_half_a_checkpoint_is_not_gone_on_from(
+    base: Path, unbroken: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = short(base, tmp_path / "run", quiet=True)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 5)
+        train(config)
+    state = config.output_dir / "checkpoints" / "checkpoint-4" / "trainer_state.json"
+    state.write_text(state.read_text()[:-20])
+    with (config.output_dir / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"step": 5, "lo')
+    train(config, resume=True)
+    assert weights(config) == weights(unbroken)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/3"),
+    ],
+)
+def test_a_full_disk_leaves_the_checkpoint_before(
+    error: Exception, base: Path, unbroken: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import Trainer
+
+    config = short(base, tmp_path / "run", registry=tmp_path / "registry", quiet=True)
+    save = Trainer._save_optimizer_and_scheduler
+
+    def full(self: Any, folder: str) -> None:
+        if self.state.global_step == 6:
+            raise error
+        save(self, folder)
+
+    with monkeypatch.context() as patch, pytest.raises(TrainingError, match=r"no space is left .* step 4 .* --resume"):
+        patch.setattr(Trainer, "_save_optimizer_and_scheduler", full)
+        train(config)
+    assert not (tmp_path / "registry").exists() and not (config.output_dir / "adapter").exists()
+    train(config, resume=True)
+    assert weights(config) == weights(unbroken)
+
+
+def test_a_full_disk_at_the_end_leaves_no_half_adapter(
+    base: Path, unbroken: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import safetensors.torch
+
+    from dspy_lora.adapters import registry
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    config = short(base, tmp_path / "run", registry=tmp_path / "registry", quiet=True)
+    with monkeypatch.context() as patch, pytest.raises(TrainingError, match="step 7"):
+        patch.setattr(safetensors.torch, "save_file", lambda tensors, file, *_: Path(file).exists() and full())
+        train(config)
+    assert not any(path.name.startswith("adapter") for path in config.output_dir.iterdir())
+    with monkeypatch.context() as patch, pytest.raises(PublishError, match="Nothing was changed"):
+        patch.setattr(registry, "stage_adapter", full)
+        train(config, resume=True)
+    assert not list((tmp_path / "registry").glob("animals/*"))
+    train(config, resume=True)
+    assert weights(config) == weights(unbroken)
+    assert registry.AdapterRegistry(tmp_path / "registry").resolve("animals").rank == 16
+
+
+def test_other_errors_pass_as_they_are(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(sft, "_train", out_of_memory)
+    with pytest.raises(TrainingError, match=r"out of memory\. Use a smaller micro_batch_size .* no checkpoint yet"):
+        train(short(base, tmp_path / "run", quiet=True))
+    monkeypatch.setattr(sft, "_train", lambda *_: Path("/nowhere").read_text())
+    with pytest.raises(FileNotFoundError):
+        train(short(base, tmp_path / "run", quiet=True))
+
+
+def test_a_run_is_gone_on_with_only_as_it_was_begun(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = short(base, tmp_path / "run")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 3)
+        train(config)
+    with pytest.raises(TrainingError, match=r"not finished \(up to step 2\)\. Go on with --resume"):
+        train(config)
+    with pytest.raises(ConfigError, match=r"other settings: r was 16 and is 8\. Set them back"):
+        train(config.model_copy(update={"r": 8}), resume=True)
+    with pytest.raises(ConfigError, match=r"sha256 was"):
+        train(config.model_copy(update={"train": make_rows(20, seed=5)}), resume=True)
+    train(config.model_copy(update={"micro_batch_size": 1}), resume=True)
+    card = (config.output_dir / "run.json").read_text()
+    train(config, resume=True)
+    assert "finished already" in capsys.readouterr().out
+    assert (config.output_dir / "run.json").read_text() == card
+
+
+def test_a_run_out_of_patience_stops(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"learning_rate": 1e-30, "patience": 2, "eval_every": 1, "quiet": True}  # the loss never falls
+    config = short(base, tmp_path / "run", **changes, train=make_rows(40), adapter_dtype="bfloat16")
+    train(config)
+    result = read_card(config)["result"]
+    assert (result["steps"], result["best_step"]) == (3, 1)
+    late = short(base, tmp_path / "late", **changes, train=make_rows(40), adapter_dtype="bfloat16")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sft, "save_adapter", lambda *_: interrupted())
+        train(late)
+    train(late, resume=True)
+    assert read_card(late)["result"] == result
+
+
+# Variants
+
+
+def test_over_a_4_bit_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    from dspy_lora.adapters.registry import AdapterRegistry
+
+    changes = {"train": make_rows(2), "dev": make_rows(1), "eval_rows": 1, "max_steps": 3, "batch_size": 2}
+    registry = tmp_path / "registry"
+    config = short("seedling", tmp_path / "run", **changes, qlora=True, learning_rate=1e-3, registry=registry)
+    models: list[Any] = []
+    save = sft.save_adapter
+    monkeypatch.setattr(sft, "save_adapter", lambda model, *args: models.append(model) or save(model, *args))
+    train(config)
+    layer = models[0].base_model.model.model.layers[0].self_attn.q_proj
+    quantized = layer.base_layer.weight
+    assert (quantized.dtype, quantized.quant_state.quant_type, quantized.quant_state.nested) == (
+        torch.uint8,
+        "nf4",
+        True,
+    )
+    assert layer.lora_A["default"].weight.dtype == torch.float32
+    losses = [line["loss"] for line in read_metrics(config) if "loss" in line]
+    assert losses[-1] < losses[0]
+    revision = AdapterRegistry(registry).resolve("animals")
+    assert revision.metadata["config"]["qlora"] is True
+    assert 15e6 < revision.metadata["result"]["parameters"] < 21e6  # not halved by the packing
+    ids = torch.arange(3, 20)[None]
+    models[0].eval()(input_ids=ids)
+    models[0].train()(input_ids=ids, labels=ids).loss.backward()  # after a validation gradients still reach layer 0
+    assert layer.lora_B["default"].weight.grad.abs().max() > 0
+
+
+def test_dora_is_refused_before_it_is_trained_for_a_registry(base: Path, tmp_path: Path, data_folder: Path) -> None:
+    with pytest.raises(ValueError, match="`dspy-lora merge`"):
+        settings(base, tmp_path, use_dora=True, registry=tmp_path / "registry")
+    flags = ["--domain", "legal", "--data", str(data_folder / "legal/cuad"), "--use-dora"]
+    assert command.plan(parse(*flags), load_config(), "legal").use_dora
+    with pytest.raises(ConfigError, match=r"domain 'legal': vLLM serves no DoRA.*legal/adapter with `dspy-lora merge`"):
+        command.run(parse(*flags, "--publish", str(tmp_path / "registry"), "--output-dir", str(tmp_path)))
+
+
+def test_demos_are_trained_and_asked_with(base: Path, tokenizer: Any, tmp_path: Path) -> None:
+    demos = [{"text": "Number 1 moos.", "label": "cow"}]
+    config = short(base, tmp_path, demos=demos, max_steps=1, quiet=True)
+    train(config)
+    examples = data.render(SIGNATURE, config.train, demos=demos)
+    tokens, _ = data.tokenize(tokenizer, examples, 512)
+    card = read_card(config)
+    assert card["data"]["train"]["tokens"] == sum(row["length"] for row in tokens)
+    assert card["config"]["demos"] == demos
+    questions = scoring.Questions.prepare(tokenizer, SIGNATURE, dspy.ChatAdapter(), make_rows(1), 512, demos)
+    assert "Number 1 moos." in tokenizer.decode(questions.prompts[0])
+
+
+def test_the_loss_curve_is_left_out_without_matplotlib(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    train(short(base, tmp_path, max_steps=1))
+    assert "a loss curve needs matplotlib. Run: pip install matplotlib" in capsys.readouterr().out
+    assert not (tmp_path / "loss.png").exists() and (tmp_path / "run.json").exists()
+
+
+def test_trackers_get_the_trainers_reports(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import types
+
+    from transformers import integrations
+    from transformers.integrations import integration_utils
+
+    reported: dict[str, list[int]] = {}
+
+    class SummaryWriter:
+        def __init__(self, log_dir: str) -> None:
+            self.folder = log_dir
+
+        def add_scalar(self, key: str, value: float, step: int) -> None:
+            reported.setdefault(f"{self.folder}: {key}", []).append(step)
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *args, **kwargs: None
+
+    config = short(base, tmp_path, report_to=("tensorboard",), max_steps=4, quiet=True)
+    for module in (integrations, integration_utils):
+        monkeypatch.setattr(module, "is_tensorboard_available", lambda: False)
+    with pytest.raises(MissingDependencyError, match="pip install tensorboard"):
+        train(config)
+    for module in (integrations, integration_utils):
+        monkeypatch.setattr(module, "is_tensorboard_available", lambda: True)
+    stub = types.ModuleType("torch.utils.tensorboard")
+    stub.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stub)
+    train(config)
+    folder = tmp_path / "tensorboard"
+    assert reported[f"{folder}: train/loss"] == [1, 2, 3, 4]
+    assert reported[f"{folder}: train/learning_rate"] == [1, 2, 3, 4]
+    assert reported[f"{folder}: eval/loss"] == [2, 4, 4]
 
 
 # Greedy answers
@@ -363,6 +727,8 @@ def test_a_prompt_without_room_for_its_answer_counts_as_wrong(tokenizer: Any) ->
 
 
 # dspy-lora train
+
+LEGAL = ["--domain", "legal", "--data-root", "{data}"]
 
 
 def parse(*flags: str) -> argparse.Namespace:
@@ -397,8 +763,6 @@ def test_the_command_trains_each_domain_on_its_set(
 
 
 def test_flags_come_before_the_configuration(data_folder: Path) -> None:
-    from dspy_lora.config import load_config
-
     args = parse(
         "--domain", "legal", "--data", str(data_folder / "legal/cuad"), "--learning-rate", "0.01", "--seed", "7"
     )
@@ -409,6 +773,54 @@ def test_flags_come_before_the_configuration(data_folder: Path) -> None:
     )
     file = parse("--domain", "legal", "--data", str(data_folder / "legal/cuad/train.jsonl"))
     assert command.plan(file, load_config(), "legal").dev is None
+
+
+def test_the_best_run_of_a_sweep_is_published(
+    base: Path, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dspy_lora.adapters.registry import AdapterRegistry
+
+    flags = [
+        "--data",
+        str(data_folder / "legal/cuad"),
+        "--output-dir",
+        str(tmp_path / "runs"),
+        "--base-model",
+        str(base),
+    ]
+    flags += ["--max-steps", "3", "--batch-size", "4", "--eval-rows", "2", "--publish", str(tmp_path / "registry")]
+    args = parse("--domain", "legal", *flags, "--sweep", "learning_rate=1e-9,1e-2,1e30")
+    assert command.run(args) == 0
+    lines = capsys.readouterr().out.splitlines()
+    table = lines[-4:]
+    assert "left out: legal learning_rate=1e30: the loss is no longer a number. Use a smaller learning_rate." in lines
+    assert [line.split()[:2] for line in table[1:3]] == [
+        ["legal", f"learning_rate={value}"] for value in ("1e-9", "1e-2")
+    ]
+    revision = AdapterRegistry(tmp_path / "registry").resolve("legal")
+    results = {
+        value: json.loads((tmp_path / f"runs/legal/learning_rate={value}/run.json").read_text())["result"]
+        for value in ("1e-9", "1e-2")
+    }
+    best = max(results, key=lambda value: (results[value]["exact_match"], -results[value]["eval_loss"]))
+    assert results["1e-9"]["eval_loss"] != results["1e-2"]["eval_loss"]
+    assert table[3] == f"best of legal: learning_rate={best}, published as {revision.ref} to {tmp_path / 'registry'}"
+    assert revision.metadata["config"]["learning_rate"] == float(best)
+    assert len(AdapterRegistry(tmp_path / "registry").history("legal")) == 1
+    args.resume = True
+    assert command.run(args) == 0
+    assert "[legal learning_rate=1e-9] " in capsys.readouterr().out
+
+
+def test_settings_of_the_file_and_switches_reach_a_run(data_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "lora_config.yaml"
+    file.write_text("qlora: {enabled: true, bnb_4bit_compute_dtype: float32}\nlora: {use_rslora: false}\n")
+    flags = ["--domain", "legal", "--data", str(data_folder / "legal/cuad")]
+    config = command.plan(parse(*flags), load_config(file), "legal")
+    assert (config.qlora, config.bnb_4bit_compute_dtype, config.use_rslora) == (True, "float32", False)
+    args = parse(*flags, "--no-qlora", "--use-rslora", "--patience", "3", "--report-to", "mlflow")
+    config = command.plan(args, load_config(file), "legal")
+    assert (config.qlora, config.use_rslora, config.patience, config.report_to) == (False, True, 3, ("mlflow",))
 
 
 @pytest.mark.parametrize(
@@ -423,6 +835,11 @@ def test_flags_come_before_the_configuration(data_folder: Path) -> None:
             "r = 0: Input should be greater than 0",
         ),
         (["--domain", "legal", "customer_service", "--data", "{data}/legal/cuad"], ConfigError, "Use --data-root"),
+        ([*LEGAL, "--sweep", "learning_rat=1"], ConfigError, "no numeric setting. Did you mean 'learning_rate'"),
+        ([*LEGAL, "--sweep", "base=1"], ConfigError, "'base' is no numeric setting"),
+        ([*LEGAL, "--sweep", "r=8,"], ConfigError, "give different values"),
+        ([*LEGAL, "--sweep", "r=8,8"], ConfigError, "give different values"),
+        ([*LEGAL, "--sweep", "r=8,x"], ConfigError, "r = 'x': Input should be a valid integer"),
     ],
 )
 def test_mistakes_show_before_anything_is_trained(

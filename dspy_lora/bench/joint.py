@@ -18,10 +18,14 @@ import dspy
 from dspy_lora import LoRALM
 from dspy_lora.config import load_config
 from dspy_lora.optimizers import LoRAGEPA
+from dspy_lora.optimizers.candidates import Space, with_arms
 from dspy_lora.optimizers.choosing import interval
+from dspy_lora.optimizers.rollouts import Rollouts
+from dspy_lora.optimizers.run_log import RunLog
 from dspy_lora.training.data import read_rows
 
 _TRAIN, _DEV, _TEST = 80, 60, 200
+_EXHAUSTIBLE = 250  # assignments; of more, not all are tried
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,30 +150,35 @@ def methods(problem: Problem, lm: LoRALM, calls: int, seed: int, threads: int) -
     adapters, spent = compiled(asis, optimize_prompts=False)
     race, race_calls = compiled(asis, round(0.4 * calls) + 2 * len(problem.dev), optimize_prompts=False)
     then, then_calls = compiled(race, calls - race_calls, select_adapters=False)
-    return {
+    made = {
         "as it is": (asis, 0),
         "adapters only": (adapters, spent),
         "GEPA only (base)": compiled(asis, select_adapters=False),
         "adapters, then GEPA": (then, race_calls + then_calls),
         "LoRAGEPA": compiled(asis),
     }
+    if (best := exhaustive(problem, lm, threads)) is not None:
+        program, tried = best
+        after, after_calls = compiled(program, calls - race_calls, select_adapters=False)
+        made["every assignment, then GEPA"] = (after, tried + after_calls)
+    return made
 
 
-def exhaustive(problem: Problem, lm: LoRALM, threads: int) -> tuple[tuple[str, ...], int]:
-    """The assignment with the best mean on all training rows, every one tried, and the calls that took."""
-    from dspy_lora.optimizers.candidates import Space, with_arms
-    from dspy_lora.optimizers.rollouts import Rollouts
-    from dspy_lora.optimizers.run_log import RunLog
+def exhaustive(problem: Problem, lm: LoRALM, threads: int) -> tuple[dspy.Module, int] | None:
+    """The program with the assignment that is best on all training rows, every one tried, and the calls that took.
 
+    None where there are too many.
+    """
     space = Space(problem.program(), lm, "all")
+    assignments = list(itertools.product(*space.arms.values()))
+    if len(assignments) > _EXHAUSTIBLE:
+        return None
     rollouts = Rollouts(space, metric, RunLog(None, {}), threads, 0.0)
-    best, top = tuple[str, ...](), -1.0
-    for arms in itertools.product(*space.arms.values()):
-        candidate = with_arms(space.start, dict(zip(space.start, arms, strict=True)))
-        score = statistics.fmean(r.score for r in rollouts.run([(candidate, row) for row in problem.train]))
-        if score > top:
-            best, top = arms, score
-    return best, rollouts.calls
+    candidates = [with_arms(space.start, dict(zip(space.start, arms, strict=True))) for arms in assignments]
+    means = [
+        statistics.fmean(r.score for r in rollouts.run([(each, row) for row in problem.train])) for each in candidates
+    ]
+    return space.build(candidates[means.index(max(means))]), rollouts.calls
 
 
 def score(program: dspy.Module, rows: list[dspy.Example], lm: LoRALM, threads: int) -> float:

@@ -1,5 +1,6 @@
 """Rows of a domain become an adapter.
 
-data.py renders and tokenises rows, settings.py says how to train, sft.py trains, watch.py and scoring.py measure while
-it does, run.py keeps the book, command.py is ``dspy-lora train``.
+data.py renders and tokenises rows, settings.py says how to train, loading.py loads the base, order.py orders the rows,
+sft.py trains, watch.py and scoring.py measure while it does, run.py keeps the book, checkpoints.py and failures.py see
+to runs that end early, publishing.py hands out the adapter, sweep.py compares runs, command.py is ``dspy-lora train``.
 """

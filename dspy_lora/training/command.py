@@ -1,4 +1,4 @@
-"""``dspy-lora train``: one domain, several or all, one after another or side by side."""
+"""``dspy-lora train``: one domain, several or all, or one setting's values, one after another or side by side."""
 
 import argparse
 import multiprocessing
@@ -10,10 +10,12 @@ from typing import Any
 import pydantic
 
 from dspy_lora.config import Config, DomainConfig, load_config
-from dspy_lora.errors import ConfigError, DataError
+from dspy_lora.errors import ConfigError, DataError, DivergedError
+from dspy_lora.training.publishing import best_run, publish_run, summary
 from dspy_lora.training.run import read_card
 from dspy_lora.training.settings import TrainConfig
-from dspy_lora.training.sft import summary, train
+from dspy_lora.training.sft import train
+from dspy_lora.training.sweep import Sweep
 
 ALL = "all"
 
@@ -27,10 +29,18 @@ _SETTINGS: dict[str, tuple[type, str]] = {
     "max_steps": (int, "optimizer steps"),
     "batch_size": (int, "rows in one optimizer step"),
     "max_length": (int, "longest row, in tokens"),
-    "eval_every": (int, "steps between validations (default: a tenth of all)"),
+    "eval_every": (int, "steps between validations, each with a checkpoint (default: a tenth of all)"),
     "eval_rows": (int, "validation rows that are answered (default: 200)"),
+    "patience": (int, "validations without a lower loss after which a run stops (default: it never does)"),
     "seed": (int, "random seed"),
 }
+
+_SWITCHES = {
+    "use_rslora": "rsLoRA: scale by alpha / sqrt(r)",
+    "use_dora": "DoRA: served only after `dspy-lora merge`",
+    "qlora": "QLoRA: hold the frozen base in 4 bit",
+}
+_OTHERS = ("dtype", "select_by", "report_to")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,15 +53,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base-model", help="Hugging Face id or folder (default: the bundled seedling)")
     for name, (kind, text) in _SETTINGS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
+    for name, text in _SWITCHES.items():
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
     parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], help="number format of the base")
     parser.add_argument("--select-by", choices=["exact_match", "loss"], help="what the best checkpoint is best at")
+    parser.add_argument("--report-to", nargs="+", choices=["mlflow", "tensorboard"], help="trackers to report to too")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoints of killed runs")
+    parser.add_argument("--sweep", metavar="KEY=V1,V2", help="try values of a setting, in OUTPUT_DIR/<domain>/KEY=V")
     parser.add_argument("--publish", type=Path, metavar="REGISTRY", help="publish each adapter to this registry")
-    parser.add_argument("--jobs", type=int, default=1, help="domains trained side by side, each in its own process")
+    parser.add_argument("--jobs", type=int, default=1, help="runs trained side by side, each in its own process")
     parser.add_argument("--config", type=Path, help="a lora_config.yaml (default: the one in the working directory)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs ``dspy-lora train`` and prints a table of the runs.
+
+    Of a sweep the best run is published: by exact match on the validation rows, then by validation loss. A value whose
+    loss explodes is left out.
 
     Returns:
         The exit status, 0.
@@ -63,16 +82,37 @@ def run(args: argparse.Namespace) -> int:
     """
     config = load_config(args.config)
     domains = list(config.domains) if ALL in args.domain else args.domain
-    plans = [plan(args, config, name) for name in domains]  # every mistake shows before the first run starts
-    if args.data is not None and len(plans) > 1:
-        raise ConfigError(f"--data holds rows of one domain, and {len(plans)} were asked for. Use --data-root.")
-    folders = _side_by_side(args, domains) if args.jobs > 1 else [train(each) for each in plans]
+    values = Sweep.parse(args.sweep).values if args.sweep else (None,)
+    tasks = [(name, value) for name in domains for value in values]
+    for name, value in tasks:  # every mistake shows before the first run starts
+        plan(args, config, name, value)
+    if args.data is not None and len(domains) > 1:
+        raise ConfigError(f"--data holds rows of one domain, and {len(domains)} were asked for. Use --data-root.")
+    trained = _side_by_side(args, tasks) if args.jobs > 1 else [_train_one(args, *task) for task in tasks]
+    folders = [folder for folder in trained if folder is not None]
     print(summary([read_card(folder) for folder in folders]))
+    for name in domains if args.sweep else ():
+        _choose(args, name, [folder for folder in folders if folder.parent.name == name])
     return 0
 
 
-def plan(args: argparse.Namespace, config: Config, name: str) -> TrainConfig:
+def _choose(args: argparse.Namespace, name: str, folders: list[Path]) -> None:
+    """Names, and publishes, the best run of a domain's sweep."""
+    if not folders:
+        raise DivergedError(f"{name}: the loss exploded for every value of --sweep {args.sweep}. Try smaller ones.")
+    best = best_run(folders)
+    published = f", published as {publish_run(best, args.publish, name).ref} to {args.publish}" if args.publish else ""
+    print(f"best of {name}: {best.name}{published}")
+
+
+def plan(args: argparse.Namespace, config: Config, name: str, value: str | None = None) -> TrainConfig:
     """Folds the flags over the domain's settings.
+
+    Args:
+        args: The flags.
+        config: What ``lora_config.yaml`` says.
+        name: The domain.
+        value: The swept setting's value. Such a run is not published by itself.
 
     Raises:
         ConfigError: No such domain, or a setting that is not allowed.
@@ -80,31 +120,46 @@ def plan(args: argparse.Namespace, config: Config, name: str) -> TrainConfig:
     """
     domain = config.domain(name)
     rows, dev = _files(args, domain)
-    given = {key: getattr(args, key) for key in (*_SETTINGS, "dtype", "select_by")}
+    given = {key: getattr(args, key) for key in (*_SETTINGS, *_SWITCHES, *_OTHERS)}
     settings = _configured(config, domain) | {key: value for key, value in given.items() if value is not None}
+    title, folder = name, args.output_dir / name
+    if value is not None:
+        key = Sweep.parse(args.sweep).key
+        settings[key] = value
+        title, folder = f"{name} {key}={value}", folder / f"{key}={value}"
     try:
-        return TrainConfig(
-            name=name,
+        whole = TrainConfig(
+            name=title,
             signature=domain.signature(),
             train=rows,
             dev=dev,
-            output_dir=args.output_dir / name,
+            output_dir=folder,
             base=args.base_model or config.base_model,
             registry=args.publish,
             **settings,
         )
     except pydantic.ValidationError as exc:
-        problems = (f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in exc.errors())
+        problems = (_problem(e) for e in exc.errors())
         raise ConfigError(f"domain {name!r}: {'; '.join(problems)}") from exc
+    return whole if value is None else whole.model_copy(update={"registry": None})
+
+
+def _problem(error: Any) -> str:
+    """One problem that pydantic found; one of several settings together has no place and no value of its own."""
+    if not error["loc"]:
+        return str(error["msg"]).removeprefix("Value error, ")
+    return f"{'.'.join(map(str, error['loc']))} = {error['input']!r}: {error['msg']}"
 
 
 def _configured(config: Config, domain: DomainConfig) -> dict[str, Any]:
     """The settings of ``lora_config.yaml`` by their names in TrainConfig."""
     lora = config.lora.model_dump(include={"lora_dropout", "target_modules", "use_rslora", "use_dora"})
+    qlora = config.qlora.model_dump(exclude={"enabled"}) | {"qlora": config.qlora.enabled}
     names = {"optim", "lr_scheduler_type", "warmup_ratio", "gradient_checkpointing", "max_length", "seed"}
     training = config.training
     return (
         lora
+        | qlora
         | training.model_dump(include=names)
         | {
             "r": domain.r,
@@ -132,14 +187,21 @@ def _files(args: argparse.Namespace, domain: DomainConfig) -> tuple[Path, Path |
     return folder / "train.jsonl", dev if dev.is_file() else None
 
 
-def _side_by_side(args: argparse.Namespace, domains: list[str]) -> list[Path]:
+def _side_by_side(args: argparse.Namespace, tasks: list[tuple[str, str | None]]) -> list[Path | None]:
     # A run keeps about one core busy; with more threads each, runs side by side only take turns.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     spawn = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
     with ProcessPoolExecutor(args.jobs, mp_context=spawn, max_tasks_per_child=1) as pool:
-        return list(pool.map(_train_one, [args] * len(domains), domains))
+        return list(pool.map(_train_one, [args] * len(tasks), *zip(*tasks, strict=True)))
 
 
-def _train_one(args: argparse.Namespace, name: str) -> Path:
-    return train(plan(args, load_config(args.config), name))
+def _train_one(args: argparse.Namespace, name: str, value: str | None) -> Path | None:
+    """Trains one run; None is a swept value whose loss exploded."""
+    try:
+        return train(plan(args, load_config(args.config), name, value), args.resume)
+    except DivergedError as exc:
+        if value is None:
+            raise
+        print(f"left out: {exc}", flush=True)
+        return None

@@ -39,9 +39,10 @@ class Questions:
         adapter: "dspy.Adapter",
         rows: Sequence[Row],
         context: int,
+        demos: Sequence[Row] = (),
     ) -> "Questions":
         """Renders and tokenises rows; those whose prompt and answer pass ``context`` tokens count as wrong later."""
-        examples = render(signature, rows, adapter)
+        examples = render(signature, rows, adapter, demos)
         prompts = prompt_ids(tokenizer, [example["prompt"] for example in examples])
         answers = tokenizer([example["completion"][0]["content"] for example in examples], add_special_tokens=False)
         room = max((len(ids) for ids in answers["input_ids"]), default=0) + 1 + _SPARE_TOKENS

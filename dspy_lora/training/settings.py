@@ -24,18 +24,24 @@ class TrainConfig(pydantic.BaseModel):
         name: The domain: it marks console lines and names the adapter in the registry.
         base: Base model: a Hugging Face id, a folder, or None for the bundled seedling.
         adapter: DSPy adapter that inference will use; None is ``dspy.ChatAdapter()``.
+        demos: Few-shot examples that inference will show too.
+        qlora: Whether the frozen base is held in 4 bit (bitsandbytes); the next three say how, named as in
+            ``transformers.BitsAndBytesConfig``.
         epochs: Passes over the rows; counts only where ``max_steps`` is None.
         batch_size: Rows in one optimizer step.
-        micro_batch_size: Rows in one forward pass of a base with at least 500 million parameters.
+        micro_batch_size: Most rows in one forward pass of a base with at least 500 million parameters; its largest
+            divisor of ``batch_size`` is taken.
         gradient_checkpointing: Whether such a base recomputes activations to save memory.
         warmup_ratio: Share of the steps over which the learning rate rises.
         dtype: Number format of the base while training; "auto" is bfloat16 on a GPU that has it, else float32. LoRA
             weights are float32 in any case.
         max_length: Longest row in tokens; longer ones are left out and counted. The base's own limit comes first.
         eval_rows: Validation rows that are answered (all of them count in the validation loss).
-        eval_every: Steps between validations; None is a tenth of all steps.
+        eval_every: Steps between validations, each with a checkpoint to go on from; None is a tenth of all steps.
         select_by: What the best checkpoint is best at.
+        patience: Validations in a row without a lower validation loss after which the run stops; None never stops it.
         adapter_dtype: Number format of the saved weights; final figures are measured after rounding to it.
+        report_to: Trackers, which must be installed, that the trainer reports to beside ``metrics.jsonl``.
         registry: Where to publish the adapter; None does not publish it.
     """
 
@@ -48,12 +54,17 @@ class TrainConfig(pydantic.BaseModel):
     name: str = "adapter"
     base: str | None = None
     adapter: Any = None
+    demos: list[Row] = []
     r: int = pydantic.Field(default=16, gt=0)
     lora_alpha: int = pydantic.Field(default=32, gt=0)
     lora_dropout: float = pydantic.Field(default=0.05, ge=0, lt=1)
     target_modules: tuple[str, ...] = SEVEN_PROJECTIONS
     use_rslora: bool = True
     use_dora: bool = False
+    qlora: bool = False
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    bnb_4bit_use_double_quant: bool = True
+    bnb_4bit_compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     learning_rate: float = pydantic.Field(default=3e-4, gt=0)
     weight_decay: float = pydantic.Field(default=1e-5, ge=0)
     lr_scheduler_type: str = "cosine"
@@ -72,9 +83,21 @@ class TrainConfig(pydantic.BaseModel):
     eval_every: int | None = pydantic.Field(default=None, gt=0)
     eval_batch_size: int = pydantic.Field(default=64, gt=0)
     select_by: Literal["exact_match", "loss"] = "exact_match"
+    patience: int | None = pydantic.Field(default=None, gt=0)
     adapter_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    report_to: tuple[Literal["mlflow", "tensorboard"], ...] = ()
     registry: Path | None = None
     quiet: bool = False
+
+    @pydantic.model_validator(mode="after")
+    def _can_be_published(self) -> "TrainConfig":
+        if self.use_dora and self.registry is not None:
+            raise ValueError(
+                "vLLM serves no DoRA, so use_dora and registry (--publish) do not go together. Train without "
+                f"publishing, then make a plain LoRA or a merged base of {self.output_dir / 'adapter'} with "
+                "`dspy-lora merge`"
+            )
+        return self
 
     def settings(self) -> dict[str, Any]:
         """The settings as JSON-safe values; rows in memory are left out, the task is spelled out."""

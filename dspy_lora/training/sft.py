@@ -1,22 +1,25 @@
 """Supervised training of one LoRA adapter: TRL's SFTTrainer, PEFT, and the loss on the completion alone."""
 
-import json
 import math
-import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dspy_lora.adapters.base import Base, resolve_base
-from dspy_lora.errors import DataError, MissingDependencyError, TrainingError
+from dspy_lora.errors import DataError, DivergedError, MissingDependencyError
 from dspy_lora.training import data
+from dspy_lora.training.checkpoints import Checkpoints, differences, step_of
 from dspy_lora.training.data import Row
-from dspy_lora.training.run import Run
+from dspy_lora.training.failures import explained
+from dspy_lora.training.loading import kind, load_base, lora_config, require_packages
+from dspy_lora.training.order import row_order
+from dspy_lora.training.picture import draw_losses
+from dspy_lora.training.publishing import publish_run, save_adapter
+from dspy_lora.training.run import CARD_FILE, Run, read_card
 from dspy_lora.training.scoring import Questions, exact_match
 from dspy_lora.training.settings import TrainConfig
 
-__all__ = ["TrainConfig", "load_rows", "summary", "train"]
+__all__ = ["TrainConfig", "load_rows", "train"]
 
 # Below this many parameters a step is bound by kernel launches, not by memory: micro-batches and gradient checkpointing
 # would only repeat the launches, so they are left off.
@@ -32,39 +35,67 @@ class Rows:
     sha256: dict[str, str]
 
 
-def train(config: TrainConfig) -> Path:
+def train(config: TrainConfig, resume: bool = False) -> Path:
     """Trains one adapter.
 
-    Writes ``metrics.jsonl`` (losses, learning rate and validations by step), ``run.json`` (settings, data hashes,
-    versions, hardware, wall time, figures) and ``adapter/`` (a PEFT folder with safetensors weights: those of the best
-    validation). Several runs side by side on one machine want ``OMP_NUM_THREADS=1`` in their environment.
+    Writes ``metrics.jsonl`` (losses, learning rate and validations by step), ``loss.png`` (the same, drawn),
+    ``run.json`` (settings, data hashes, versions, hardware, wall time, GPU-hours, figures) and ``adapter/`` (a PEFT
+    folder with safetensors weights: those of the best validation). Until it has succeeded, ``checkpoints/`` holds the
+    last checkpoint and the best one. Several runs side by side on one machine want ``OMP_NUM_THREADS=1`` in their
+    environment.
 
     Args:
         config: The run.
+        resume: Go on from the last checkpoint of a run that was killed: the weights end as those of an unbroken run
+            (on the same machine, in float32). Without a checkpoint the run starts from the beginning; a finished run
+            with the same settings is left as it is.
 
     Returns:
         The run's folder.
 
     Raises:
-        ConfigError: No such base model.
+        ConfigError: No such base model, or checkpoints that were made with other settings.
         DataError: Rows that are malformed, too few or too long.
-        MissingDependencyError: The ``train`` extra is not installed.
-        TrainingError: Out of memory, or the loss is no longer a number.
+        MissingDependencyError: The ``train`` extra or a tracker is not installed.
+        TrainingError: Out of memory, no space on the disk, the loss is no longer a number (DivergedError), or
+            ``resume`` was not given and there are checkpoints.
+        PublishError: The disk refused the published adapter; the run itself is finished.
     """
-    _require_packages()
-    import torch
-
+    require_packages(config)
     rows = load_rows(config)
     base = resolve_base(config.base)
-    run = Run(config.output_dir, config.name, config.quiet)
-    try:
-        trainer, questions, facts = _prepare(config, base, rows, run)
-        trainer.train()
-        figures = _finish(config, base, trainer, questions, run)
-    except torch.OutOfMemoryError as exc:
-        raise TrainingError(
-            f"{config.name}: out of GPU memory. Use a smaller micro_batch_size or max_length. ({exc})"
-        ) from exc
+    settings = config.settings() | {"base_revision": base.revision, "sha256": rows.sha256}
+    checkpoints = Checkpoints(config.output_dir)
+    if resume and _is_finished(config.output_dir, settings):
+        if not config.quiet:
+            print(f"[{config.name}] {config.output_dir} is finished already", flush=True)
+    else:
+        start = checkpoints.begin(settings, resume)
+        run = Run(config.output_dir, config.name, config.quiet, step_of(start) if start else 0)
+        with explained(config.name, run, checkpoints):
+            _run(config, base, rows, run, start)
+    if config.registry is not None:
+        revision = publish_run(config.output_dir, config.registry, config.name)
+        if not config.quiet:
+            print(f"[{config.name}] published {revision.ref} to {config.registry}", flush=True)
+    checkpoints.remove()
+    return config.output_dir
+
+
+def _is_finished(folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether the folder holds a finished run of the same settings (one that is not yet published counts)."""
+    if not ((folder / CARD_FILE).is_file() and (folder / "adapter").is_dir()):
+        return False
+    card = read_card(folder)
+    before = card["config"] | {"base_revision": card["base"]["revision"], "sha256": card["data"]["sha256"]}
+    return not differences(before, settings)
+
+
+def _run(config: TrainConfig, base: Base, rows: Rows, run: Run, start: Path | None) -> None:
+    """Trains, measures, and writes the run's folder."""
+    trainer, questions, facts = _prepare(config, base, rows, run)
+    _train(config, trainer, run, start)
+    figures = _finish(config, base, trainer, questions, run)
     run.close(
         name=config.name,
         base=vars(base),
@@ -72,10 +103,10 @@ def train(config: TrainConfig) -> Path:
         data=facts | {"sha256": rows.sha256},
         result=figures,
     )
-    shutil.rmtree(config.output_dir / "checkpoints", ignore_errors=True)
-    if config.registry is not None:
-        _publish(config, base, rows, figures, run)
-    return config.output_dir
+    try:
+        draw_losses(run.folder)
+    except MissingDependencyError as exc:
+        run.say(str(exc))
 
 
 def load_rows(config: TrainConfig) -> Rows:
@@ -100,88 +131,65 @@ def _read(config: TrainConfig, source: Path | list[Row], purpose: str) -> list[R
     return source
 
 
-def _require_packages() -> None:
-    try:
-        import peft  # noqa: F401
-        import trl  # noqa: F401
-    except ImportError as exc:
-        raise MissingDependencyError(
-            f"training needs {exc.name!r}, which is not installed. Run: pip install 'dspy-lora[train]'"
-        ) from exc
-
-
 def _prepare(config: TrainConfig, base: Base, rows: Rows, run: Run) -> tuple[Any, Questions, dict[str, Any]]:
     """Loads the base, tokenises the rows and makes the trainer."""
     from transformers import set_seed
 
     set_seed(config.seed)
-    model, tokenizer = _load(config, base)
+    model, tokenizer = load_base(config, base)
     context = min(config.max_length, model.config.get_text_config().max_position_embeddings)
     adapter = config.chat_adapter()
     sets, facts = {}, {}
     for split, part in (("train", rows.train), ("dev", rows.dev)):
-        examples = data.render(config.signature, part, adapter)
+        examples = data.render(config.signature, part, adapter, config.demos)
         sets[split], left_out = data.tokenize(tokenizer, examples, context)
         facts[split] = {"rows": len(part), "too_long": left_out, "tokens": sum(row["length"] for row in sets[split])}
         if left_out:
             run.say(f"{left_out} of {len(part)} {split} rows pass {context} tokens and are left out")
-    questions = Questions.prepare(tokenizer, config.signature, adapter, rows.dev[: config.eval_rows], context)
+    asked = rows.dev[: config.eval_rows]
+    questions = Questions.prepare(tokenizer, config.signature, adapter, asked, context, config.demos)
     run.say(f"base {base.name} ({base.revision}): {model.num_parameters() / 1e6:.1f} M parameters, {model.dtype}")
     trainer = _trainer(config, model, tokenizer, sets, questions, run)
     _describe(config, trainer, facts, run)
     return trainer, questions, facts
 
 
-def _load(config: TrainConfig, base: Base) -> tuple[Any, Any]:
-    """Loads model and tokenizer; the tokenizer gets a padding token where it has none."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(base.path)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    half = config.dtype == "bfloat16" or (config.dtype == "auto" and _gpu_has_bfloat16())
-    dtype = torch.bfloat16 if half else torch.float32
-    return AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype), tokenizer
-
-
-def _gpu_has_bfloat16() -> bool:
-    import torch
-
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-
-
 def _trainer(
     config: TrainConfig, model: Any, tokenizer: Any, sets: dict[str, list[data.Tokens]], questions: Questions, run: Run
 ) -> Any:
     from datasets import Dataset
-    from peft import LoraConfig
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
     from dspy_lora.training.watch import Watch
 
-    lora = LoraConfig(
-        r=config.r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=list(config.target_modules),
-        bias="none",
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
-        task_type="CAUSAL_LM",
-    )
+    args = _arguments(config, model, len(sets["train"]))
+    rows_a_step = args.train_batch_size * args.gradient_accumulation_steps
+    order = row_order([row["length"] for row in sets["train"]], rows_a_step, args.max_steps, config.seed)
     trainer = SFTTrainer(
         model=model,
-        args=_arguments(config, model, len(sets["train"])),
-        train_dataset=Dataset.from_list(sets["train"]),
-        eval_dataset=Dataset.from_list(sets["dev"]),
+        args=args,
+        train_dataset=Dataset.from_list(sets["train"]).select(order),
+        eval_dataset=Dataset.from_list(sorted(sets["dev"], key=lambda row: -row["length"])),  # little padding
         processing_class=tokenizer,
-        peft_config=lora,
-        callbacks=[Watch(run, questions, config.eval_batch_size, config.select_by)],
+        peft_config=lora_config(config),
+        callbacks=[Watch(run, questions, config.eval_batch_size, config.select_by, config.patience)],
     )
     trainer.remove_callback(PrinterCallback)
+    if "tensorboard" in config.report_to:
+        _keep_tensorboard(trainer, config.output_dir / "tensorboard")
+    for weight in (weight for weight in trainer.model.parameters() if weight.requires_grad):
+        weight.data = weight.data.float()  # over a 4-bit base TRL makes them bfloat16, too coarse for small steps
     return trainer
+
+
+def _keep_tensorboard(trainer: Any, folder: Path) -> None:
+    """Moves TensorBoard's logs out of the folder of checkpoints, which goes when the run succeeds."""
+    from transformers.integrations import TensorBoardCallback
+
+    callback = trainer.pop_callback(TensorBoardCallback)
+    callback.logging_dir = str(folder)
+    trainer.add_callback(callback)
 
 
 def _arguments(config: TrainConfig, model: Any, rows: int) -> Any:
@@ -191,15 +199,17 @@ def _arguments(config: TrainConfig, model: Any, rows: int) -> Any:
     from dspy_lora.training.watch import CHOICE
 
     small = model.num_parameters() < SMALL_MODEL
-    micro = config.batch_size if small else min(config.micro_batch_size, config.batch_size)
+    most = config.batch_size if small else min(config.micro_batch_size, config.batch_size)
+    micro = next(size for size in range(most, 0, -1) if config.batch_size % size == 0)
     steps = config.max_steps or math.ceil(config.epochs * math.ceil(rows / config.batch_size))
     every = min(config.eval_every or max(1, steps // 10), steps)
     cuda = torch.cuda.is_available()
     return SFTConfig(
         output_dir=str(config.output_dir / "checkpoints"),
+        run_name=config.name,
         max_steps=steps,
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=math.ceil(config.batch_size / micro),
+        gradient_accumulation_steps=config.batch_size // micro,
         per_device_eval_batch_size=config.eval_batch_size if small else micro,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
@@ -214,7 +224,7 @@ def _arguments(config: TrainConfig, model: Any, rows: int) -> Any:
         torch_compile=config.torch_compile,
         max_length=None,  # rows that are too long are already left out
         dataset_kwargs={"skip_prepare_dataset": True},  # data.tokenize has done it
-        train_sampling_strategy="group_by_length",
+        train_sampling_strategy="sequential",  # row_order has laid out every step
         dataloader_pin_memory=cuda,
         prediction_loss_only=True,
         logging_steps=max(1, min(25, steps // 10)),
@@ -228,35 +238,56 @@ def _arguments(config: TrainConfig, model: Any, rows: int) -> Any:
         metric_for_best_model=CHOICE,
         greater_is_better=True,
         disable_tqdm=True,
-        report_to="none",
+        report_to=list(config.report_to) or "none",
     )
 
 
 def _describe(config: TrainConfig, trainer: Any, facts: dict[str, Any], run: Run) -> None:
     """Console lines on the adapter, its trainable share and the rows."""
     trainable, total = trainer.model.get_nb_trainable_parameters()
-    kind = ("rsLoRA" if config.use_rslora else "LoRA") + (" + DoRA" if config.use_dora else "")
     run.say(
-        f"{kind} r={config.r} alpha={config.lora_alpha} dropout={config.lora_dropout} on "
+        f"{kind(config)} r={config.r} alpha={config.lora_alpha} dropout={config.lora_dropout} on "
         f"{len(config.target_modules)} modules a layer: {trainable:,} of {total:,} parameters train "
         f"({trainable / total:.2%})"
     )
     run.say(
         f"{facts['train']['rows']} rows, {facts['dev']['rows']} to validate on; {trainer.args.max_steps} steps of "
-        f"{config.batch_size} rows, learning rate {config.learning_rate:g}, weight decay {config.weight_decay:g}"
+        f"{config.batch_size} rows, learning rate {config.learning_rate:g}, weight decay {config.weight_decay:g}; "
+        f"a validation and a checkpoint every {trainer.args.eval_steps} steps"
     )
+
+
+def _train(config: TrainConfig, trainer: Any, run: Run, start: Path | None) -> None:
+    """Trains to the end and leaves the best weights in the model.
+
+    Raises:
+        DivergedError: The loss is no longer a number.
+    """
+    from transformers import TrainerState
+
+    from dspy_lora.training.watch import out_of_patience
+
+    state = TrainerState.load_from_json(str(start / "trainer_state.json")) if start else None
+    if start is not None:
+        run.say(f"going on from step {step_of(start)}, {start}")
+    if state and start and (state.global_step >= trainer.args.max_steps or out_of_patience(state, config.patience)):
+        trainer.state = state  # killed after its last step: the trainer would make one more
+        trainer.model.load_adapter(str(start.with_name(f"checkpoint-{state.best_global_step}")), "default")
+    else:
+        trainer.train(resume_from_checkpoint=str(start) if start else None)
+    if not all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry):
+        Checkpoints(config.output_dir).remove()  # going on from there would end the same way
+        raise DivergedError(f"{config.name}: the loss is no longer a number. Use a smaller learning_rate.")
 
 
 def _finish(config: TrainConfig, base: Base, trainer: Any, questions: Questions, run: Run) -> dict[str, Any]:
     """Rounds and saves the best weights and measures them, and the base model, on the validation rows."""
     import torch
 
-    if not all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry):
-        raise TrainingError(f"{config.name}: the loss is no longer a number. Use a smaller learning_rate.")
     model, tokenizer = trainer.model, trainer.processing_class
     for weight in (weight for weight in model.parameters() if weight.requires_grad):
         weight.data = weight.data.to(getattr(torch, config.adapter_dtype)).to(weight.dtype)
-    _save(config, base, model)
+    save_adapter(model, base, config.output_dir / "adapter", config.adapter_dtype)
     metrics = trainer.evaluate()
     with model.disable_adapter():
         before = exact_match(model, tokenizer, questions, config.eval_batch_size)
@@ -275,42 +306,3 @@ def _finish(config: TrainConfig, base: Base, trainer: Any, questions: Questions,
         "trainable_parameters": trainable,
         "parameters": total,
     }
-
-
-def _save(config: TrainConfig, base: Base, model: Any) -> None:
-    """Writes the PEFT folder beside its place and then moves it there, so that a half-written one is never seen."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    folder, draft = config.output_dir / "adapter", config.output_dir / "adapter.partial"
-    shutil.rmtree(draft, ignore_errors=True)
-    model.peft_config["default"].base_model_name_or_path = base.name
-    model.save_pretrained(draft, save_embedding_layers=False)
-    (draft / "README.md").unlink(missing_ok=True)  # PEFT's blank model card
-    file, dtype = draft / "adapter_model.safetensors", getattr(torch, config.adapter_dtype)
-    save_file({name: weight.to(dtype) for name, weight in load_file(file).items()}, file, {"format": "pt"})
-    shutil.rmtree(folder, ignore_errors=True)
-    draft.replace(folder)
-
-
-def _publish(config: TrainConfig, base: Base, rows: Rows, figures: dict[str, Any], run: Run) -> None:
-    from dspy_lora.adapters.registry import AdapterRegistry
-
-    settings = json.loads(json.dumps(config.settings()))
-    metadata = {"config": settings, "data": rows.sha256, "result": figures}
-    revision = AdapterRegistry(config.registry).publish(
-        config.output_dir / "adapter", config.name, base=base, metadata=metadata
-    )
-    run.say(f"published {revision.ref} to {config.registry}")
-
-
-def summary(cards: Sequence[dict[str, Any]]) -> str:
-    """A table of finished runs, one line a ``run.json``."""
-    lines = [f"{'name':<18} {'rows':>6} {'steps':>6} {'val. loss':>9} {'exact match':>11} {'base':>6} {'seconds':>8}"]
-    for card in cards:
-        result = card["result"]
-        lines.append(
-            f"{card['name']:<18} {card['data']['train']['rows']:>6} {result['steps']:>6} {result['eval_loss']:>9.4f} "
-            f"{result['exact_match']:>11.3f} {result['base_exact_match']:>6.3f} {card['wall_seconds']:>8.0f}"
-        )
-    return "\n".join(lines)

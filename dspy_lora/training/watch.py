@@ -32,20 +32,25 @@ class Watch(TrainerCallback):
         questions: Validation rows to answer at each validation.
         batch_size: Prompts answered in one batch.
         select_by: ``"exact_match"`` (among equals, the lower loss) or ``"loss"``.
+        patience: Validations without a lower validation loss after which training stops; None never stops it.
     """
 
-    def __init__(self, run: Run, questions: Questions, batch_size: int, select_by: str) -> None:
+    def __init__(
+        self, run: Run, questions: Questions, batch_size: int, select_by: str, patience: int | None = None
+    ) -> None:
         self._run = run
         self._questions = questions
         self._select_by = select_by
         self._batch_size = batch_size
+        self._patience = patience
         self._start = 0.0
+        self._first = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Starts the clock that steps per second are counted by."""
-        self._start = time.monotonic()
+        self._start, self._first = time.monotonic(), state.global_step
 
     def on_log(
         self,
@@ -60,7 +65,7 @@ class Watch(TrainerCallback):
             return
         values = {name: float(logs[name]) for name in _LOGGED if name in logs}
         self._run.log(state.global_step, **values)
-        speed = state.global_step / (time.monotonic() - self._start)
+        speed = (state.global_step - self._first) / (time.monotonic() - self._start)
         width = len(str(state.max_steps))
         self._run.say(
             f"step {state.global_step:>{width}}/{state.max_steps}  loss {values['loss']:.4f}  "
@@ -86,3 +91,17 @@ class Watch(TrainerCallback):
         metrics[CHOICE] = -loss if self._select_by == "loss" else share - _TIE_BREAK * loss
         self._run.log(state.global_step, eval_loss=loss, eval_exact_match=share)
         self._run.say(f"step {state.global_step}: validation loss {loss:.4f}, exact match {share:.3f}")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ends the run when patience has run out: after the checkpoint that belongs to each validation."""
+        if out_of_patience(state, self._patience):
+            self._run.say(f"step {state.global_step}: {self._patience} validations without a lower loss, stopping")
+            control.should_training_stop = True
+
+
+def out_of_patience(state: TrainerState, patience: int | None) -> bool:
+    """Whether the last ``patience`` validations brought no lower loss than those before them."""
+    losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+    if patience is None or len(losses) <= patience:
+        return False
+    return min(losses[-patience:]) >= min(losses[:-patience])
