@@ -75,7 +75,7 @@ def resolve_base(model: str | None) -> Base:
 def _announce_seedling() -> None:
     # A warning, so that it is seen where nobody configured logging: answers of a toy model should surprise nobody.
     logger.warning(
-        "dspy-lora: no base model is set, so the bundled seedling (16 M parameters) answers. "
+        "dspy-lora: no base model is set, so the bundled seedling (19 M parameters) answers. "
         "Set one with base_model in lora_config.yaml, DSPY_LORA_BASE_MODEL or an argument."
     )
 

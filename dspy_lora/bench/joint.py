@@ -1,8 +1,9 @@
 """What the joint search of adapters and instructions brings, next to either half alone: ``dspy-lora bench --joint``.
 
 Rows come from the sets that ``lora_config.yaml`` names: training rows to race and reflect on, dev rows to choose the
-program, test rows for the figures. Every method gets the same budget of metric calls; equal calls of different methods
-are answered from DSPy's cache, which changes their time and not their count.
+program, test rows for the figures. Every method gets the same budget of metric calls, but for the one that tries every
+assignment; equal calls of different methods are answered from DSPy's cache, which changes their time and not their
+count.
 """
 
 import dataclasses
@@ -188,9 +189,9 @@ def score(program: dspy.Module, rows: list[dspy.Example], lm: LoRALM, threads: i
         return float(evaluate(program).score) / 100
 
 
-def run(root: Path, calls: int, seeds: int, threads: int) -> list[str]:
-    """The table, line by line; lines are printed as they come."""
-    lm, lines = LoRALM(max_tokens=64), list[str]()
+def run(root: Path, calls: int, seeds: int, threads: int) -> None:
+    """Prints the table, program by program."""
+    lm = LoRALM(max_tokens=64)
     for index, name in enumerate(problem.name for problem in problems(root, 0)):
         figures: dict[str, list[float]] = {}
         spent: dict[str, list[int]] = {}
@@ -201,9 +202,8 @@ def run(root: Path, calls: int, seeds: int, threads: int) -> list[str]:
                 spent.setdefault(method, []).append(cost)
         for method, values in figures.items():
             low, high = interval(values) if len(values) > 1 else (values[0], values[0])
-            lines.append(
-                f"{name:38} {method:22} {statistics.fmean(values):.3f} [{low:.3f}, {high:.3f}] "
-                f"{statistics.fmean(spent[method]):7.0f} calls"
+            print(
+                f"{name:38} {method:28} {statistics.fmean(values):.3f} [{low:.3f}, {high:.3f}] "
+                f"{statistics.fmean(spent[method]):7.0f} calls",
+                flush=True,
             )
-            print(lines[-1], flush=True)
-    return lines
