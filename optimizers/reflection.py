@@ -10,6 +10,7 @@ from typing import Any
 
 import dspy
 from dspy_lora.optimizers.candidates import Candidate, arm_of, decode, encode, with_arms
+from dspy_lora.optimizers.proposers import RuleProposer
 from dspy_lora.optimizers.rollouts import Rollout, Rollouts
 from dspy_lora.optimizers.run_log import RunLog, digest
 from gepa import EvaluationBatch, GEPAAdapter
@@ -111,8 +112,8 @@ class Reflection(GEPAAdapter[dspy.Example, Rollout, None]):
         return dict(known)
 
     def _remember(self, dataset: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-        if remember := getattr(self.proposer, "remember", None):
-            remember(dataset)
+        if isinstance(self.proposer, RuleProposer):
+            self.proposer.remember(dataset)
 
     def _instructions(
         self, candidate: Candidate, dataset: Mapping[str, Sequence[Mapping[str, Any]]], components: list[str]
