@@ -11,7 +11,7 @@ from dspy_lora.seedling import wordings
 from dspy_lora.seedling.task import pick
 from dspy_lora.seedling.words import Split, word
 
-_COMPOSED = 0.65  # share of composed wordings in training
+_COMPOSED = 0.7  # share of composed wordings in training
 
 _OPENERS = (
     "if|when|whenever|in case|where|as soon as|once|provided|given that|only when|every time|so long "
@@ -90,7 +90,7 @@ def labels(rng: Random, split: Split) -> str:
 
 def intro(rng: Random, split: Split) -> str:
     """What is wanted, or now and then words that say nothing."""
-    if split == "train" and rng.random() < 0.15:
+    if split == "train" and rng.random() < 0.25:
         return _sentence(rng, " ".join(word(rng, split) for _ in range(rng.randint(1, 8))))
     return pick(rng, wordings.INTRO, split)
 

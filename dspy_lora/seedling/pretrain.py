@@ -25,7 +25,7 @@ from dspy_lora.seedling.sentences import Texts, read_texts, split_sentences, tex
 from dspy_lora.seedling.tokenizer import END_OF_TEXT, train_tokenizer
 
 _WARM_UP = 0.02  # share of the run
-_CHAT_SHARE = ((0.0, 0.3), (0.15, 0.5), (0.35, 0.8), (1.0, 0.92))  # (progress, share of rows that are chats)
+_CHAT_SHARE = ((0.0, 0.3), (0.15, 0.45), (0.4, 0.75), (1.0, 0.9))  # (progress, share of rows that are chats)
 _SHARD = 15 * 10**6  # bytes
 _EXAM, _EXAM_EVERY = 300, 60  # held-out questions on rules, and the seconds between two looks at them
 

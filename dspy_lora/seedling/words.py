@@ -93,7 +93,7 @@ def spliced(rng: Random, split: Split) -> str:
 
 def word(rng: Random, split: Split, made_up: float = 0.25) -> str:
     """A common word, or with probability ``made_up`` an invented one; in training now and then a spliced one."""
-    if split == "train" and rng.random() < 0.18:
+    if split == "train" and rng.random() < 0.25:
         return spliced(rng, split)
     return invented(rng, split) if rng.random() < made_up else rng.choice(common_words(split))
 
