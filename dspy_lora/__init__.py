@@ -11,10 +11,11 @@ from dspy_lora import errors
 
 if TYPE_CHECKING:
     from dspy_lora.adapters.registry import AdapterRegistry
-    from dspy_lora.classifier import DomainClassifier
     from dspy_lora.config import Config, load_config
+    from dspy_lora.detection.classifier import DomainClassifier
     from dspy_lora.lm import LoRALM, load
     from dspy_lora.optimizers import LoRAGEPA
+    from dspy_lora.pipeline import DomainPipeline
     from dspy_lora.router import LoRARouter
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
     "AdapterRegistry",
     "Config",
     "DomainClassifier",
+    "DomainPipeline",
     "LoRAGEPA",
     "LoRALM",
     "LoRARouter",
@@ -33,7 +35,8 @@ __all__ = [
 _HOMES = {
     "AdapterRegistry": "dspy_lora.adapters.registry",
     "Config": "dspy_lora.config",
-    "DomainClassifier": "dspy_lora.classifier",
+    "DomainClassifier": "dspy_lora.detection.classifier",
+    "DomainPipeline": "dspy_lora.pipeline",
     "LoRAGEPA": "dspy_lora.optimizers",
     "LoRALM": "dspy_lora.lm",
     "LoRARouter": "dspy_lora.router",

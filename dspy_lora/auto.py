@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from dspy import lm15
 
-from dspy_lora.classifier import DomainClassifier
+from dspy_lora.detection.classifier import DomainClassifier
 
 NAME = "auto"
 _MARK = re.compile(r"\[\[ ## \w+ ## \]\]")

@@ -15,8 +15,8 @@ from dspy_lora.adapters.base import Base, resolve_base
 from dspy_lora.adapters.registry import AdapterRegistry, Revision
 from dspy_lora.auto import NAME as AUTO
 from dspy_lora.auto import AutoRoute
-from dspy_lora.classifier import DomainClassifier
 from dspy_lora.config import ServingConfig, load_config
+from dspy_lora.detection.classifier import DomainClassifier
 from dspy_lora.engine.local import AsyncLocalEngine, LocalEngine, async_local_engine, local_engine
 from dspy_lora.engine.protocol import Adapter
 from dspy_lora.engine.samples import sampling

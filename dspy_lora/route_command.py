@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dspy_lora.classifier import Choice, DomainClassifier
 from dspy_lora.config import Config, load_config
+from dspy_lora.detection.classifier import Choice, DomainClassifier
+from dspy_lora.detection.softmax import calibration_error
 from dspy_lora.errors import ConfigError
-from dspy_lora.softmax import calibration_error
 from dspy_lora.training.data import read_rows
 
 NONE = "none"

@@ -10,7 +10,7 @@ from typing import Any
 import dspy
 
 from dspy_lora.adapters.registry import AdapterRegistry
-from dspy_lora.classifier import DomainClassifier
+from dspy_lora.detection.classifier import DomainClassifier
 from dspy_lora.errors import ConfigError, DataError, UnknownAdapterError, near
 from dspy_lora.lm import LoRALM
 
@@ -181,15 +181,15 @@ class LoRARouter(dspy.Module):
             DataError: There is no text to choose by.
             ConfigError: The program's inputs do not show which one the query is, or its outputs have a ``route``.
         """
-        route = self._route(query, auto_detect_domain, keep_adapter, inputs)
-        return self._run(route, self._inputs(query, inputs))
+        route = self.route(query, inputs, auto_detect_domain=auto_detect_domain, keep_adapter=keep_adapter)
+        return self._run(route, self.inputs_of(query, inputs))
 
     async def aroute_and_execute(
         self, query: str | None = None, *, auto_detect_domain: bool = True, keep_adapter: bool = True, **inputs: Any
     ) -> dspy.Prediction:
         """Async equivalent of ``route_and_execute``."""
-        route = self._route(query, auto_detect_domain, keep_adapter, inputs)
-        return await self._arun(route, self._inputs(query, inputs))
+        route = self.route(query, inputs, auto_detect_domain=auto_detect_domain, keep_adapter=keep_adapter)
+        return await self._arun(route, self.inputs_of(query, inputs))
 
     def execute_with_adapter(self, query: str | None = None, *, adapter: str | None, **inputs: Any) -> dspy.Prediction:
         """Runs the program on an adapter that the caller names; None is the base model.
@@ -198,13 +198,13 @@ class LoRARouter(dspy.Module):
             UnknownAdapterError: The router has no such adapter; the message names the near ones.
             DataError: The query is empty.
         """
-        return self._run(self._named(adapter), self._inputs(query, inputs))
+        return self._run(self._named(adapter), self.inputs_of(query, inputs))
 
     async def aexecute_with_adapter(
         self, query: str | None = None, *, adapter: str | None, **inputs: Any
     ) -> dspy.Prediction:
         """Async equivalent of ``execute_with_adapter``."""
-        return await self._arun(self._named(adapter), self._inputs(query, inputs))
+        return await self._arun(self._named(adapter), self.inputs_of(query, inputs))
 
     def forward(self, query: str | None = None, **inputs: Any) -> dspy.Prediction:
         """``route_and_execute``, so that a router is called, evaluated and optimized as its program is."""
@@ -214,16 +214,29 @@ class LoRARouter(dspy.Module):
         """Async equivalent of ``forward``."""
         return await self.aroute_and_execute(query, **inputs)
 
-    def _route(self, query: str | None, auto: bool, keep_adapter: bool, inputs: Mapping[str, Any]) -> Route:
-        if not auto:
+    def route(
+        self,
+        query: str | None,
+        inputs: Mapping[str, Any],
+        *,
+        auto_detect_domain: bool = True,
+        keep_adapter: bool = True,
+    ) -> Route:
+        """The decision of ``route_and_execute``, without running anything."""
+        if not auto_detect_domain:
             return Route(None, "caller", "asked not to detect a domain: the base model")
         history = next((value for value in inputs.values() if isinstance(value, dspy.History)), None)
         if query is None:
             query = "\n".join(value for value in inputs.values() if isinstance(value, str))
         return self.select_adapter(query, history, keep_adapter=keep_adapter)
 
-    def _inputs(self, query: str | None, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The program's inputs, with the query under the name it has there."""
+    def inputs_of(self, query: str | None, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The program's inputs, with the query under the name it has there.
+
+        Raises:
+            DataError: The query is empty.
+            ConfigError: The program's inputs do not show which one the query is.
+        """
         if query is None:
             return inputs
         if not isinstance(query, str) or not query.strip():
@@ -235,16 +248,17 @@ class LoRARouter(dspy.Module):
             )
         return {self._input_field: query, **inputs}
 
+    def lm_of(self, route: Route) -> dspy.BaseLM:
+        """The LM that a route leads to."""
+        return self._base_lm if route.adapter is None else self._lms[route.adapter]
+
     def _run(self, route: Route, inputs: dict[str, Any]) -> dspy.Prediction:
-        with dspy.context(lm=self._lm(route)):
-            return _marked(self.program(**inputs), route)
+        with dspy.context(lm=self.lm_of(route)):
+            return marked(self.program(**inputs), route)
 
     async def _arun(self, route: Route, inputs: dict[str, Any]) -> dspy.Prediction:
-        with dspy.context(lm=self._lm(route)):
-            return _marked(await self.program.acall(**inputs), route)
-
-    def _lm(self, route: Route) -> dspy.BaseLM:
-        return self._base_lm if route.adapter is None else self._lms[route.adapter]
+        with dspy.context(lm=self.lm_of(route)):
+            return marked(await self.program.acall(**inputs), route)
 
 
 def _by_name(adapters: Mapping[str, Any] | Iterable[str]) -> dict[str, Any]:
@@ -260,7 +274,7 @@ def _by_name(adapters: Mapping[str, Any] | Iterable[str]) -> dict[str, Any]:
 
 def _only_input(program: dspy.Module) -> str | None:
     """The program's input ``query``, else its only one beside the history; None where that is not clear."""
-    keywords = inspect.signature(program.forward).parameters.values()
+    _, *keywords = inspect.signature(type(program).forward).parameters.values()
     named = {
         each.name: each.annotation for each in keywords if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)
     }
@@ -273,17 +287,22 @@ def _only_input(program: dspy.Module) -> str | None:
     return inputs[0] if len(inputs) == 1 else None
 
 
-def _marked(prediction: Any, route: Route) -> dspy.Prediction:
+def marked(prediction: Any, route: Route) -> dspy.Prediction:
+    """A copy of a prediction with the field ``route``.
+
+    Raises:
+        ConfigError: It is no prediction, or has a ``route`` of its own.
+    """
     if not isinstance(prediction, dspy.Prediction):
         raise ConfigError(f"the program returned {type(prediction).__name__}; a router needs a dspy.Prediction.")
     if ROUTE in prediction:
         raise ConfigError(
             f"the program has an output {ROUTE!r}, which is where the router says who answered. Rename it."
         )
-    marked = prediction.copy(**{ROUTE: route})  # the program's own prediction may stand in a trace
-    marked._completions = prediction._completions
-    marked.set_lm_usage(prediction.get_lm_usage())
-    return marked
+    copy = prediction.copy(**{ROUTE: route})  # the program's own prediction may stand in a trace
+    copy._completions = prediction._completions
+    copy.set_lm_usage(prediction.get_lm_usage())
+    return copy
 
 
 def _mark(message: Mapping[str, Any]) -> str | None:

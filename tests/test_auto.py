@@ -9,7 +9,7 @@ from dspy.utils.exceptions import AdapterParseError
 
 from dspy_lora import LoRALM, load
 from dspy_lora.auto import AutoRoute, question
-from dspy_lora.classifier import DomainClassifier
+from dspy_lora.detection.classifier import DomainClassifier
 from dspy_lora.demo import QUESTIONS
 from dspy_lora.errors import ChangedAdapterError
 

@@ -12,10 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspy_lora.classifier import PACKAGED, RECORD_FILE, WEIGHTS_FILE, DomainClassifier, _make_eager
+from dspy_lora.detection.calibration import make_eager
+from dspy_lora.detection.classifier import PACKAGED, DomainClassifier
+from dspy_lora.detection.ngrams import LONGEST, ngrams
+from dspy_lora.detection.record import RECORD_FILE, WEIGHTS_FILE
+from dspy_lora.detection.softmax import Model, Row, calibration_error, fit, softmax, temperature
 from dspy_lora.errors import ConfigError, DataError, PublishError
-from dspy_lora.ngrams import LONGEST, ngrams
-from dspy_lora.softmax import Model, Row, calibration_error, fit, softmax, temperature
 
 THINGS = {
     "garden": "rose tulip hedge compost seedling pruning soil lawn weed orchard".split(),
@@ -396,8 +398,8 @@ def test_a_scarce_domain_among_rich_ones_is_still_chosen(texts, about):
 def test_a_class_is_made_as_eager_as_it_may_be():
     model = Model(np.zeros((1, 2), np.float32), np.array([5.0, 0.0], np.float32))
     others = [Row(np.array([0]), np.ones(1, np.float32))] * 200
-    _make_eager(model, 1, others)
+    make_eager(model, 1, others)
     assert model.bias.tolist() == [5.0, 5.0]
-    _make_eager(model, 1, others)
-    _make_eager(Model(model.weights, np.array([9.0, 0.0], np.float32)), 1, others[:99])
+    make_eager(model, 1, others)
+    make_eager(Model(model.weights, np.array([9.0, 0.0], np.float32)), 1, others[:99])
     assert model.bias.tolist() == [5.0, 5.0]

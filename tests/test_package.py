@@ -17,6 +17,7 @@ PUBLIC = [
     "AdapterRegistry",
     "Config",
     "DomainClassifier",
+    "DomainPipeline",
     "LoRAGEPA",
     "LoRALM",
     "LoRARouter",

@@ -144,6 +144,18 @@ def compare_perplexity(adapter: Array, base: Array, tokens: Array, seed: int = 0
     return Compared("perplexity", *values, (reached + 1) / (SWAPS + 1), f"sign flips of log-probability, {SWAPS:,}")
 
 
+def estimate_mean(scores: Array, seed: int = 0) -> Estimate:
+    """Mean of the rows' scores with its percentile interval over resamples.
+
+    Raises:
+        DataError: No rows.
+    """
+    _check(scores)
+    mean = _mean(scores)
+    drawn = np.concatenate([mean(weights) for weights in _resamples(len(scores), seed)])
+    return _estimate(float(scores.mean()), drawn)
+
+
 def label_scores(truth: Sequence[str], adapter: Sequence[str], base: Sequence[str]) -> list[LabelScores]:
     """Precision, recall and F1 of every label of the rows, most frequent first.
 

@@ -17,7 +17,7 @@ import random
 import re
 from pathlib import Path
 
-from dspy_lora.classifier import PACKAGED, DomainClassifier
+from dspy_lora.detection.classifier import PACKAGED, DomainClassifier
 from dspy_lora.training.data import read_rows
 
 _ROWS = 6000  # of a domain's own set

@@ -1,0 +1,68 @@
+"""What a saved classifier says of itself, and its two files."""
+
+import dataclasses
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dspy_lora.adapters.disk import staging, writing
+
+RECORD_FILE = "classifier.json"
+WEIGHTS_FILE = "classifier.npz"
+UNCALIBRATED_MARGIN = 0.1
+
+_FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What classifier.json says; the defaults are those before calibration."""
+
+    domains: list[str]
+    bits: int  # 0: vectors of an embedder
+    width: int
+    background: bool
+    trained_on: dict[str, str]
+    temperature: float = 1.0
+    margin: float = UNCALIBRATED_MARGIN
+    calibrated: bool = False
+
+
+def write(folder: Path, record: Record, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Writes both files, or neither.
+
+    Raises:
+        PublishError: The disk refused.
+    """
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    said = {"format": _FORMAT, **dataclasses.asdict(record)}
+    said["sha256"] = hashlib.sha256(content.getvalue()).hexdigest()
+    with writing("save the classifier", folder), staging(folder) as hidden:
+        (hidden / WEIGHTS_FILE).write_bytes(content.getvalue())
+        (hidden / RECORD_FILE).write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+        for name in (WEIGHTS_FILE, RECORD_FILE):
+            (hidden / name).replace(folder / name)
+
+
+def read(folder: Path) -> tuple[Record, dict[str, NDArray[Any]]]:
+    """The record and the arrays, checked against each other."""
+    record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+    if record.pop("format") != _FORMAT:
+        raise ValueError(f"{RECORD_FILE} is of another format than {_FORMAT}")
+    content = (folder / WEIGHTS_FILE).read_bytes()
+    if hashlib.sha256(content).hexdigest() != record.pop("sha256"):
+        raise ValueError(f"{WEIGHTS_FILE} is not the one that {RECORD_FILE} was written with")
+    with np.load(io.BytesIO(content), allow_pickle=False) as file:
+        arrays = dict(file)
+    found = Record(**record)
+    shape = (found.width, len(found.domains) + found.background)
+    if arrays["weights"].shape != shape or arrays["bias"].shape != shape[1:]:
+        raise ValueError(f"weights of shape {arrays['weights'].shape} where {shape} is needed")
+    return found, arrays

@@ -1,0 +1,217 @@
+"""DomainPipeline: the stages of a query, each alone and together. A dummy LM stands for each adapter."""
+
+import asyncio
+import dataclasses
+
+import dspy
+import pytest
+from dspy.clients.engines.dummy_engine import AsyncDummyEngine, DummyEngine
+from dspy.utils import DummyLM
+
+from dspy_lora.detection.classifier import DomainClassifier
+from dspy_lora.errors import ConfigError, DataError
+from dspy_lora.pipeline import DomainPipeline
+
+GARDEN = "when do I prune the rose and the hedge"
+KITCHEN = "simmer the garlic in a saucepan with butter"
+ABOUT = {
+    "garden": "rose, tulip, hedge, compost, seedling, prune, soil, lawn, weed, orchard",
+    "kitchen": "saucepan, recipe, oven, flour, whisk, butter, simmer, garlic, roast, pastry",
+}
+COMPILED = "Answer in the domain's own words."
+
+
+class Engine(DummyEngine):
+    """Answers with its adapter's name, and whether the prompt was a compiled one and had context."""
+
+    def __init__(self, owner, domain):
+        super().__init__(owner)
+        self.domain = domain
+
+    def _complete_messages(self, messages):
+        told = "".join(message["content"] for message in messages)
+        marks = [name for name, sign in (("compiled", COMPILED), ("ctx", "[1]")) if sign in told]
+        self.owner.answers = {"": {"answer": " ".join([self.domain or "base", *marks])}}
+        return super()._complete_messages(messages)
+
+
+def answering(domain):
+    lm = DummyLM([])
+    lm._engine_spec = Engine(lm, domain)
+    lm._async_engine_spec = AsyncDummyEngine(lm._engine_spec)
+    return lm
+
+
+@dataclasses.dataclass
+class Fixed:
+    text: str = "[1] A rose is pruned in March."
+    tokens: int = 9
+
+    def summary(self):
+        return "1 passage"
+
+
+class Passages:
+    """A context that remembers what it was asked."""
+
+    def __init__(self, given=None):
+        self.given, self.asked = given or Fixed(), []
+
+    def __call__(self, query, history=None):
+        self.asked.append((query, history))
+        return self.given
+
+    async def acall(self, query, history=None):
+        return self(query, history)
+
+
+def compiled(signature="query -> answer"):
+    return dspy.Predict(dspy.Signature(signature, COMPILED))
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    return DomainClassifier.train(ABOUT)
+
+
+@pytest.fixture
+def make(classifier):
+    def make(program=None, **kwargs):
+        return DomainPipeline(
+            ["garden", "kitchen"],
+            program,
+            classifier=classifier,
+            threshold=0.3,
+            make_lm=answering,
+            **kwargs,
+        )
+
+    return make
+
+
+def test_every_stage_takes_part_and_is_named(make):
+    pipeline = make(compiled={"garden": compiled()}, context=Passages())
+    found = pipeline(query=GARDEN)
+    assert found.answer == "garden compiled ctx"
+    assert found.route.adapter == "garden"
+    assert [(step.stage, step.choice) for step in found.steps][:3] == [
+        ("route", "garden"),
+        ("prompts", "compiled for garden"),
+        ("context", "instruction"),
+    ]
+    assert found.steps[3].stage == "answer"
+    assert found.steps[2].tokens == 9
+    assert all(step.seconds >= 0 for step in found.steps)
+
+
+def test_a_domain_without_prompts_of_its_own_runs_the_program_as_written(make):
+    found = make(compiled={"garden": compiled()})(query=KITCHEN)
+    assert found.answer == "kitchen"
+    assert found.steps[1].choice == "as written"
+
+
+def test_one_compiled_program_serves_all(make):
+    assert make(compiled=compiled())(query=KITCHEN).answer == "kitchen compiled"
+
+
+def test_context_goes_into_the_input_of_that_name_and_the_program_stays_as_it_was(make):
+    program = dspy.Predict("context, query -> answer")
+    found = make(program, context=Passages())(query=GARDEN)
+    assert found.answer == "garden ctx"
+    assert found.steps[2].choice == "input 'context'"
+    plain = dspy.Predict("query -> answer")
+    before = plain.signature.instructions
+    make(plain, context=Passages())(query=GARDEN)
+    assert plain.signature.instructions == before
+
+
+def test_no_context_is_said(make):
+    found = make(context=Passages(Fixed("", 0)))(query=GARDEN)
+    assert found.answer == "garden"
+    assert found.steps[2].choice == "none"
+
+
+def test_the_conversation_reaches_the_context(make):
+    passages, history = Passages(), dspy.History(messages=[{"query": GARDEN, "answer": "in March"}])
+    make(dspy.Predict("history: dspy.History, query -> answer"), context=passages)(
+        query="and the tulip?", history=history
+    )
+    assert passages.asked == [("and the tulip?", history)]
+
+
+@pytest.mark.parametrize(
+    ("stages", "answer"),
+    [
+        ((), "base"),
+        (("adapter",), "garden"),
+        (("prompts",), "base compiled"),
+        (("adapter", "prompts", "context"), "garden compiled ctx"),
+    ],
+)
+def test_stages_are_switched_off(make, stages, answer):
+    pipeline = make(compiled={"garden": compiled()}, context=Passages())
+    assert pipeline.with_stages(*stages)(query=GARDEN).answer == answer
+    assert pipeline(query=GARDEN).answer == "garden compiled ctx"  # the pipeline itself is unchanged
+
+
+def test_async_and_threads(make):
+    pipeline = make(compiled={"garden": compiled()}, context=Passages())
+    assert asyncio.run(pipeline.acall(query=GARDEN)).answer == "garden compiled ctx"
+    rows = [dspy.Example(query=each).with_inputs("query") for each in (GARDEN, KITCHEN) * 5]
+    answers = [found.answer for found in pipeline.batch(rows, num_threads=4)]
+    assert answers == ["garden compiled ctx", "kitchen ctx"] * 5
+
+
+def test_saved_and_loaded_with_its_prompts(make, tmp_path):
+    make(compiled={"garden": compiled()}).save(tmp_path / "pipeline.json")
+    blank = make(compiled={"garden": dspy.Predict("query -> answer")})
+    blank.load(tmp_path / "pipeline.json")
+    assert blank(query=GARDEN).answer == "garden compiled"
+
+
+def test_what_is_not_there_is_refused_with_the_near_names(make):
+    with pytest.raises(ConfigError, match=r"gardn.*'garden'"):
+        make(compiled={"gardn": compiled()})
+    with pytest.raises(ConfigError, match="no stage 'context'"):
+        make().with_stages("context")
+    with pytest.raises(DataError, match="query is ''"):
+        make()(query="")
+    with pytest.raises(ConfigError, match="an output 'steps'"):
+
+        class Steps(dspy.Module):
+            def forward(self, query):
+                return dspy.Prediction(steps=query)
+
+        make(Steps())(query=GARDEN)
+
+
+def test_evaluate_compares_every_variant(make, tmp_path):
+    pipeline = make(compiled={"garden": compiled()}, context=Passages())
+    rows = [dspy.Example(query=f"{GARDEN} {i}", answer="garden compiled ctx").with_inputs("query") for i in range(6)]
+    rows += [dspy.Example(query=f"{KITCHEN} {i}", answer="kitchen").with_inputs("query") for i in range(6)]
+    report = pipeline.evaluate(rows, lambda row, found, trace=None: row.answer == found.answer, num_threads=4)
+    scores = {system.name: system.score.value for system in report.systems}
+    assert scores == {
+        "base": 0,
+        "adapter": 0.5,
+        "prompts": 0,
+        "adapter + prompts": 0.5,
+        "adapter + prompts + context": 0.5,
+    }
+    assert report.system("adapter").gain.value == 0.5
+    assert report.system("adapter").ability > report.system("base").ability
+    assert report.system("adapter + prompts + context").seconds.keys() == {"route", "prompts", "context", "answer"}
+    assert "adapter + prompts + context" in report.to_text()
+    report.save(tmp_path / "report.json")
+    assert (tmp_path / "report.json").stat().st_size > 100
+
+
+def test_a_row_that_raises_counts_as_wrong(make):
+    class Failing(dspy.Module):
+        def forward(self, query):
+            raise RuntimeError("no")
+
+    rows = [dspy.Example(query=f"{GARDEN} {i}").with_inputs("query") for i in range(4)]
+    report = make(Failing()).evaluate(rows, lambda row, found, trace=None: 1.0, systems={"adapter": ["adapter"]})
+    assert report.system("adapter").score.value == 0
+    assert report.system("adapter").ability is None
