@@ -41,10 +41,10 @@ class Assembled(Protocol):
 class Context(Protocol):
     """What ``DomainPipeline`` asks for context; ``ContextAssembler`` is one."""
 
-    def __call__(self, query: str, history: dspy.History | None = None) -> Assembled:
+    def __call__(self, query: str, *, history: dspy.History | None = None) -> Assembled:
         """Context for a query."""
 
-    async def acall(self, query: str, history: dspy.History | None = None) -> Assembled:
+    async def acall(self, query: str, *, history: dspy.History | None = None) -> Assembled:
         """Async equivalent of calling."""
 
 
@@ -156,7 +156,7 @@ class DomainPipeline(dspy.Module):
         """
         run = self._begin(query, inputs)
         if "context" in self.stages and self._context is not None:
-            run.add_context(self._context(run.query, run.history), self._context_field)
+            run.add_context(self._context(run.query, history=run.history), self._context_field)
         with dspy.context(lm=run.lm), track_usage() as usage:
             prediction = run.program(**run.inputs)
         return run.end(prediction, usage)
@@ -165,7 +165,7 @@ class DomainPipeline(dspy.Module):
         """Async equivalent of ``forward``."""
         run = self._begin(query, inputs)
         if "context" in self.stages and self._context is not None:
-            run.add_context(await self._context.acall(run.query, run.history), self._context_field)
+            run.add_context(await self._context.acall(run.query, history=run.history), self._context_field)
         with dspy.context(lm=run.lm), track_usage() as usage:
             prediction = await run.program.acall(**run.inputs)
         return run.end(prediction, usage)

@@ -8,6 +8,8 @@ import pytest
 from dspy.clients.engines.dummy_engine import AsyncDummyEngine, DummyEngine
 from dspy.utils import DummyLM
 
+from dspy_lora.context.assemble import ContextAssembler
+from dspy_lora.context.sources import Passages, Source
 from dspy_lora.detection.classifier import DomainClassifier
 from dspy_lora.errors import ConfigError, DataError
 from dspy_lora.pipeline import DomainPipeline
@@ -51,18 +53,18 @@ class Fixed:
         return "1 passage"
 
 
-class Passages:
+class Remembering:
     """A context that remembers what it was asked."""
 
     def __init__(self, given=None):
         self.given, self.asked = given or Fixed(), []
 
-    def __call__(self, query, history=None):
+    def __call__(self, query, *, history=None):
         self.asked.append((query, history))
         return self.given
 
-    async def acall(self, query, history=None):
-        return self(query, history)
+    async def acall(self, query, *, history=None):
+        return self(query, history=history)
 
 
 def compiled(signature="query -> answer"):
@@ -90,7 +92,7 @@ def make(classifier):
 
 
 def test_every_stage_takes_part_and_is_named(make):
-    pipeline = make(compiled={"garden": compiled()}, context=Passages())
+    pipeline = make(compiled={"garden": compiled()}, context=Remembering())
     found = pipeline(query=GARDEN)
     assert found.answer == "garden compiled ctx"
     assert found.route.adapter == "garden"
@@ -116,23 +118,31 @@ def test_one_compiled_program_serves_all(make):
 
 def test_context_goes_into_the_input_of_that_name_and_the_program_stays_as_it_was(make):
     program = dspy.Predict("context, query -> answer")
-    found = make(program, context=Passages())(query=GARDEN)
+    found = make(program, context=Remembering())(query=GARDEN)
     assert found.answer == "garden ctx"
     assert found.steps[2].choice == "input 'context'"
     plain = dspy.Predict("query -> answer")
     before = plain.signature.instructions
-    make(plain, context=Passages())(query=GARDEN)
+    make(plain, context=Remembering())(query=GARDEN)
     assert plain.signature.instructions == before
 
 
+def test_an_assembler_is_a_context(make):
+    sources = [Passages(lambda query: ["A rose is pruned in March."]), Source("broken", lambda query: 1 / 0)]
+    found = make(context=ContextAssembler(sources, mark="[1] "))(query=GARDEN)
+    assert found.answer == "garden ctx"
+    assert found.steps[2].reason == "1 of passages; 1 of broken left out (failed)"
+    assert found.steps[2].tokens > 0
+
+
 def test_no_context_is_said(make):
-    found = make(context=Passages(Fixed("", 0)))(query=GARDEN)
+    found = make(context=Remembering(Fixed("", 0)))(query=GARDEN)
     assert found.answer == "garden"
     assert found.steps[2].choice == "none"
 
 
 def test_the_conversation_reaches_the_context(make):
-    passages, history = Passages(), dspy.History(messages=[{"query": GARDEN, "answer": "in March"}])
+    passages, history = Remembering(), dspy.History(messages=[{"query": GARDEN, "answer": "in March"}])
     make(dspy.Predict("history: dspy.History, query -> answer"), context=passages)(
         query="and the tulip?", history=history
     )
@@ -149,13 +159,13 @@ def test_the_conversation_reaches_the_context(make):
     ],
 )
 def test_stages_are_switched_off(make, stages, answer):
-    pipeline = make(compiled={"garden": compiled()}, context=Passages())
+    pipeline = make(compiled={"garden": compiled()}, context=Remembering())
     assert pipeline.with_stages(*stages)(query=GARDEN).answer == answer
     assert pipeline(query=GARDEN).answer == "garden compiled ctx"  # the pipeline itself is unchanged
 
 
 def test_async_and_threads(make):
-    pipeline = make(compiled={"garden": compiled()}, context=Passages())
+    pipeline = make(compiled={"garden": compiled()}, context=Remembering())
     assert asyncio.run(pipeline.acall(query=GARDEN)).answer == "garden compiled ctx"
     rows = [dspy.Example(query=each).with_inputs("query") for each in (GARDEN, KITCHEN) * 5]
     answers = [found.answer for found in pipeline.batch(rows, num_threads=4)]
@@ -186,7 +196,7 @@ def test_what_is_not_there_is_refused_with_the_near_names(make):
 
 
 def test_evaluate_compares_every_variant(make, tmp_path):
-    pipeline = make(compiled={"garden": compiled()}, context=Passages())
+    pipeline = make(compiled={"garden": compiled()}, context=Remembering())
     rows = [dspy.Example(query=f"{GARDEN} {i}", answer="garden compiled ctx").with_inputs("query") for i in range(6)]
     rows += [dspy.Example(query=f"{KITCHEN} {i}", answer="kitchen").with_inputs("query") for i in range(6)]
     report = pipeline.evaluate(rows, lambda row, found, trace=None: row.answer == found.answer, num_threads=4)

@@ -1,0 +1,1 @@
+"""What a prompt holds beside its instruction: playbooks of learned bullets, sources under a token budget."""

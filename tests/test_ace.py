@@ -1,0 +1,528 @@
+"""ACE on a fake LM that follows the rules it is told, and with scripted LMs as Reflector and Curator."""
+
+import asyncio
+import json
+import logging
+import pickle
+import runpy
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from random import Random
+
+import dspy
+import pytest
+from dspy.clients.engines.dummy_engine import AsyncDummyEngine, DummyEngine
+from dspy.utils import DummyLM
+from dspy_lora.optimizers.ace import ACE, Learner
+from dspy_lora.optimizers.ace_roles import RULES, Curator, Reflector, RuleCurator, RuleReflector
+
+from dspy_lora.context.deltas import Add, Merge, Remove, Update
+from dspy_lora.context.playbook import CLOSING, OPENING, Playbook
+from dspy_lora.context.tokens import estimate_tokens
+from dspy_lora.errors import ConfigError, DataError
+
+WORLD = {"refund": "money", "invoice": "money", "password": "access", "router": "network"}
+LOCK = threading.Lock()
+FILLER = "the customer wrote again about order number letter station window garden monday".split()
+
+
+class Follower(DummyEngine):
+    """Answers by the rules of its instruction, else "other"."""
+
+    def __init__(self, owner, asked):
+        super().__init__(owner)
+        self.asked = asked
+
+    def _complete_messages(self, messages):
+        told, text = messages[0]["content"], messages[-1]["content"].split("Respond with")[0]
+        self.asked.append(told)
+        label = "other"
+        for line in told.split("\n"):
+            words, _, answer = line.strip().removeprefix("- If it mentions ").partition(", answer ")
+            if answer and any(word in text for word in words.replace(" or ", ", ").split(", ")):
+                label = answer.removesuffix(".")
+        with LOCK:
+            self.owner.answers = {"": {"label": label}}
+            return super()._complete_messages(messages)
+
+
+@pytest.fixture
+def asked():
+    """Every instruction that reached the program's LM; a fresh one answers."""
+    lm, prompts = DummyLM([]), []
+    lm._engine_spec = Follower(lm, prompts)
+    lm._async_engine_spec = AsyncDummyEngine(lm._engine_spec)
+    with dspy.context(lm=lm):
+        yield prompts
+
+
+def rows(count, shift=0):
+    words = list(WORLD)
+    found = []
+    for i in range(shift, shift + count):
+        word = words[i % len(words)]
+        filler = " ".join(Random(i).sample(FILLER, 3))
+        found.append(dspy.Example(text=f"{i} {filler} {word}", label=WORLD[word]).with_inputs("text"))
+    return found
+
+
+def metric(gold, pred, trace=None):
+    assert trace is None
+    return pred.label == gold.label
+
+
+class Desk(dspy.Module):
+    def __init__(self):
+        super().__init__()
+        self.sort = dspy.Predict("text -> label")
+
+    def forward(self, text):
+        return self.sort(text=text)
+
+    async def aforward(self, text):
+        return await self.sort.acall(text=text)
+
+
+def ace(given=metric, **kwargs):
+    return ACE(given, **{"num_threads": 4} | kwargs)
+
+
+def score(program, data):
+    return sum(program(**row.inputs()).label == row.label for row in data) / len(data)
+
+
+# -- offline, by counting ----------------------------------------------------------------------------------------------
+
+
+def test_it_learns_the_rules_and_leaves_the_program_alone(asked):
+    student = Desk()
+    before = student.dump_state()
+    compiled = ace(track_stats=True).compile(student, trainset=rows(48), valset=rows(24, 100))
+    assert student.dump_state() == before
+    assert not student._compiled
+    assert compiled._compiled
+    held_out = rows(24, 200)
+    assert score(student, held_out) == 0
+    assert score(compiled, held_out) == 1
+    result = compiled.detailed_results
+    assert result.val_scores[0] == 0
+    assert result.val_scores[result.best_idx] == 1
+    assert result.playbook is compiled.playbook
+    texts = [bullet.text for bullet in compiled.playbook.bullets]
+    assert {"If it mentions password, answer access.", "If it mentions router, answer network."} <= {*texts}
+    assert all(bullet.helpful > bullet.harmful for bullet in compiled.playbook.bullets)
+
+
+def test_the_same_seed_learns_the_same(asked):
+    texts = {ace(num_threads=threads).compile(Desk(), trainset=rows(24)).playbook.render() for threads in (1, 4)}
+    assert len(texts) == 1
+
+
+def test_a_compiled_program_needs_no_playbook_to_run_and_keeps_it_when_it_is_saved(asked, tmp_path):
+    compiled = ace(epochs=1).compile(Desk(), trainset=rows(32))
+    compiled.save(tmp_path / "program.json")
+    plain, whole = Desk(), Desk()
+    plain.load(tmp_path / "program.json")
+    whole.playbook = Playbook()
+    whole.load(tmp_path / "program.json")
+    assert score(plain, rows(16, 100)) == score(compiled, rows(16, 100)) == 1
+    assert whole.playbook.render() == compiled.playbook.render()
+    compiled.save(tmp_path / "whole", save_program=True)
+    assert dspy.load(tmp_path / "whole", allow_pickle=True).playbook.render() == compiled.playbook.render()
+
+
+def test_compiling_again_goes_on_from_the_program_s_playbook(asked):
+    once = ace(epochs=1).compile(Desk(), trainset=rows(32))
+    more = rows(32, 500)
+    twice = ace(epochs=1).compile(once, trainset=more)
+    total = sum(bullet.helpful for bullet in once.playbook.bullets)
+    assert sum(bullet.helpful for bullet in twice.playbook.bullets) == total + len(more)
+    assert twice.sort.signature.instructions.count(OPENING) == 1
+    assert score(twice, rows(16, 100)) == 1
+
+
+def test_without_a_valset_the_last_playbook_is_kept_and_with_one_the_best(asked):
+    wrong = [dspy.Example(row, label="wrong").with_inputs("text") for row in rows(16, 300)]
+    taught_wrong = ace(epochs=1, track_stats=True).compile(Desk(), trainset=wrong, valset=rows(16))
+    assert len(ace(epochs=1).compile(Desk(), trainset=rows(32)).playbook) >= 3
+    assert taught_wrong.detailed_results.best_idx == 0
+    assert len(taught_wrong.playbook) == 0
+
+
+def test_without_ground_truth_the_metric_s_feedback_is_all_it_learns_from(asked):
+    assert len(ace(ground_truth=False).compile(Desk(), trainset=rows(32)).playbook) == 0
+
+    def told(gold, pred, trace=None, pred_name=None, pred_trace=None):
+        return dspy.Prediction(score=pred.label == gold.label, feedback=f"expected: {gold.label}")
+
+    assert score(ace(told, ground_truth=False).compile(Desk(), trainset=rows(32)), rows(16, 100)) == 1
+
+
+def test_a_metric_that_raises_fails_its_example_alone(asked, caplog):
+    def picky(gold, pred, trace=None):
+        if gold.text.startswith("3 "):
+            raise ValueError("no opinion")
+        return pred.label == gold.label
+
+    compiled = ace(picky, epochs=1, track_stats=True).compile(Desk(), trainset=rows(32))
+    [failure] = compiled.detailed_results.failures
+    assert failure == "the metric raised ValueError: no opinion"
+    assert "no opinion" in caplog.text
+    assert score(compiled, rows(16, 100)) == 1
+
+
+def test_a_program_that_always_raises_ends_with_a_report(asked, caplog):
+    class Broken(Desk):
+        def forward(self, text):
+            raise RuntimeError("out of order")
+
+    compiled = ace(epochs=1, track_stats=True).compile(Broken(), trainset=rows(8))
+    assert len(compiled.detailed_results.failures) == 8
+    assert "8 of 8 rows failed; the first: RuntimeError: out of order" in caplog.text
+
+
+class Two(dspy.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = dspy.Predict("text -> label"), dspy.Predict("text -> label")
+
+    def forward(self, text):
+        return dspy.Prediction(label=self.first(text=text).label, again=self.second(text=text).label)
+
+
+def test_each_predictor_is_told_its_own_rules(asked):
+    def judge(gold, pred, trace=None, pred_name=None, pred_trace=None):
+        wanted = gold.label if pred_name == "first" else f"second_{gold.label}"
+        return dspy.Prediction(score=0.0, feedback=f"expected: {wanted}")
+
+    compiled = ace(judge, ground_truth=False).compile(Two(), trainset=rows(40))
+    first, second = (compiled.first.signature.instructions, compiled.second.signature.instructions)
+    assert "answer money." in first
+    assert "answer second_money." not in first
+    assert "answer second_money." in second
+    assert f"\n{RULES}:\n" in second
+
+
+def test_the_budget_holds_in_every_prompt(asked):
+    ace(token_budget=30).compile(Desk(), trainset=rows(48))
+    told = [prompt.partition(OPENING)[2].partition(CLOSING)[0].split("\n") for prompt in asked]
+    longest = max(estimate_tokens("\n".join(line.strip() for line in lines).strip()) for lines in told)
+    assert 0 < longest <= 30
+
+
+def test_a_run_that_was_killed_goes_on_and_ends_as_an_unbroken_one(asked, tmp_path):
+    whole = ace().compile(Desk(), trainset=rows(32), valset=rows(8, 100)).playbook.render()
+    calls = []
+
+    def dying(gold, pred, trace=None):
+        calls.append(gold)
+        if len(calls) > 40:
+            raise KeyboardInterrupt
+        return metric(gold, pred)
+
+    with pytest.raises(KeyboardInterrupt):
+        ace(dying, log_dir=tmp_path, num_threads=1).compile(Desk(), trainset=rows(32), valset=rows(8, 100))
+    before = len(asked)
+    dying = metric_as(dying)
+    resumed = ace(dying, log_dir=tmp_path, num_threads=1).compile(Desk(), trainset=rows(32), valset=rows(8, 100))
+    again = len(asked) - before
+    assert resumed.playbook.render() == whole
+    assert Playbook.load(tmp_path / "playbook.md").render() == whole
+    asked.clear()
+    ace(dying, log_dir=tmp_path, num_threads=1).compile(Desk(), trainset=rows(32), valset=rows(8, 100))
+    assert not asked
+    assert again > 0
+
+
+def metric_as(other):
+    """The metric under another one's name, as it has after a restart."""
+
+    def renamed(gold, pred, trace=None):
+        return metric(gold, pred)
+
+    renamed.__qualname__ = other.__qualname__
+    return renamed
+
+
+def test_a_log_of_another_run_is_refused(asked, tmp_path):
+    ace(log_dir=tmp_path).compile(Desk(), trainset=rows(8))
+    with pytest.raises(ConfigError, match="seed was 0, is 1"):
+        ace(log_dir=tmp_path, seed=1).compile(Desk(), trainset=rows(8))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [({"epochs": 0}, "epochs=0"), ({"token_budget": -1}, "token_budget=-1"), ({"batch_size": 0}, "batch_size=0")],
+)
+def test_numbers_are_checked(kwargs, message):
+    with pytest.raises(ConfigError, match=message):
+        ace(**kwargs)
+
+
+def test_what_it_cannot_use_is_refused():
+    with pytest.raises(TypeError, match="must take"):
+        ace(lambda gold: 1)
+    with pytest.raises(ConfigError, match="no teacher"):
+        ace().compile(Desk(), trainset=rows(2), teacher=Desk())
+    with pytest.raises(ConfigError, match="training rows"):
+        ace().compile(Desk(), trainset=[])
+    with pytest.raises(ConfigError, match="no predictor"):
+        ace().compile(dspy.Module(), trainset=rows(2))
+    with pytest.raises(ConfigError, match=r"ACE\.online"):
+        ace(None).compile(Desk(), trainset=rows(2))
+
+
+# -- the counting roles ------------------------------------------------------------------------------------------------
+
+
+def record(text, gold, given="other"):
+    feedback = f"The right answer is {gold}."
+    return {
+        "Inputs": {"text": text},
+        "Generated Outputs": {"label": given},
+        "Feedback": feedback,
+        "Score": given == gold,
+    }
+
+
+def curated(playbook, insights, section=""):
+    return RuleCurator()(playbook=playbook, section=section, insights=insights, tokens_left=99).operations
+
+
+def test_the_rule_curator_adds_updates_merges_and_removes():
+    playbook = Playbook()
+    playbook.apply(curated(playbook, ["If it mentions a, answer X.", "If it mentions b, answer Y."]))
+    x, y = playbook.bullets
+    assert curated(playbook, ["If it mentions a, answer X."]) == []
+    assert curated(playbook, ["If it mentions c, answer X."]) == [Update(id=x.id, text="If it mentions c, answer X.")]
+    playbook.apply([Update(id=y.id, harmful=3, helpful=1)])
+    assert curated(playbook, []) == [Remove(id=y.id)]
+    playbook.apply([Add(section=RULES, text="If it mentions d, answer X.")])
+    [merge] = curated(playbook, ["If it mentions a or d, answer X.", "If it mentions b, answer Y."])
+    assert isinstance(merge, Merge)
+    assert len(merge.ids) == 2
+
+
+def test_a_rule_s_words_stay_until_rows_speak_against_them():
+    playbook = Playbook()
+    playbook.apply([Add(section=RULES, text="If it mentions voucher, answer money.")])
+    records = [record(f"{i} refund", "money") for i in range(6)] + [record(f"{i} login", "access") for i in range(6)]
+    reflector = RuleReflector()
+    found = reflector(task="", playbook=playbook, section="", records=records)
+    assert "If it mentions refund or voucher, answer money." in found.insights
+    against = [record(f"{i} voucher login", "access") for i in range(9)]
+    found = reflector(task="", playbook=playbook, section="", records=against)
+    assert "If it mentions refund, answer money." in found.insights
+    assert found.counts == [Update(id=playbook.bullets[0].id, harmful=9)]
+
+
+def test_answers_that_are_no_labels_get_hints_on_their_form():
+    records = [record(f"the pump{i} leaks", f"pump{i}") for i in range(8)]
+    found = RuleReflector()(task="", playbook=Playbook(), section="", records=records)
+    assert "Copy the answer from the text, word for word." in found.insights
+
+
+# -- an LM as Reflector and Curator ------------------------------------------------------------------------------------
+
+RULE = "If it mentions refund, answer money."
+
+
+def reflection(insights, tags=()):
+    return {"reasoning": "so", "insights": json.dumps(insights), "tags": json.dumps(list(tags))}
+
+
+def operations(*deltas):
+    return {"operations": json.dumps([delta.model_dump() for delta in deltas])}
+
+
+def test_an_lm_reflects_in_rounds_and_curates_by_operations(asked):
+    lm = DummyLM([reflection(["refund?"]), reflection([RULE]), operations(Add(section="Rules", text=RULE))])
+    compiled = ace(reflection_lm=lm, epochs=1, rounds=2).compile(Desk(), trainset=rows(4))
+    assert [(bullet.section, bullet.text) for bullet in compiled.playbook.bullets] == [("Rules", RULE)]
+    shown = [call["messages"][-1]["content"] for call in lm.history]
+    assert len(shown) == 3
+    assert "refund?" in shown[1]
+    assert "The right answer is money." in shown[0]
+    assert compiled(text="a refund").label == "money"
+
+
+def test_rounds_end_early_where_nothing_changes():
+    lm = DummyLM([reflection(["same"])] * 5)
+    with dspy.context(lm=lm):
+        found = Reflector(rounds=5)(task="", playbook=Playbook(), section="", records=[record("a", "b")])
+    assert found.insights == ["same"]
+    assert len(lm.history) == 2
+
+
+def test_ids_may_come_in_the_brackets_of_the_listing():
+    assert Merge(ids=("[rules-1]", "rules-2"), text="x").ids == ("rules-1", "rules-2")
+    assert Remove(id=" [rules-1] ").id == "rules-1"
+
+
+def test_tags_count_and_operations_on_unknown_bullets_are_refused_and_reported(asked):
+    playbook = Playbook()
+    playbook.apply([Add(section="Rules", text=RULE)])
+    [bullet] = playbook.bullets
+    tags = [{"id": bullet.id, "verdict": "helpful"}, {"id": "rules-nowhere", "verdict": "harmful"}]
+    lm = DummyLM([reflection(["x"], tags), operations(Remove(id="rules-no"), Add(section="Rules", text="Be brief."))])
+    optimizer = ace(reflection_lm=lm, epochs=1, rounds=1, playbook=playbook, track_stats=True)
+    compiled = optimizer.compile(Desk(), trainset=rows(4))
+    assert compiled.playbook[bullet.id].helpful == 1
+    assert [b.text for b in compiled.playbook.bullets] == ["Be brief.", RULE]
+    assert len(compiled.detailed_results.failures) == 2
+    assert playbook[bullet.id].helpful == 0
+
+
+def test_a_reflection_that_cannot_be_parsed_is_left_out(asked):
+    lm = DummyLM([{"nonsense": "x"}] * 8)
+    compiled = ace(reflection_lm=lm, epochs=1, track_stats=True).compile(Desk(), trainset=rows(4))
+    assert len(compiled.playbook) == 0
+    assert "could not be parsed" in compiled.detailed_results.failures[0]
+
+
+def test_what_an_lm_said_is_taken_from_the_log(asked, tmp_path):
+    lm = DummyLM([reflection([RULE]), operations(Add(section="Rules", text=RULE))])
+    kwargs = {"reflection_lm": lm, "epochs": 1, "rounds": 1, "log_dir": tmp_path}
+    first = ace(**kwargs).compile(Desk(), trainset=rows(4)).playbook.render()
+    assert ace(**kwargs).compile(Desk(), trainset=rows(4)).playbook.render() == first
+    assert len(lm.history) == 2
+
+
+def test_the_curator_puts_bullets_into_the_predictor_s_sections():
+    lm = DummyLM([operations(Add(section="Rules", text=RULE))])
+    with dspy.context(lm=lm):
+        found = Curator()(playbook=Playbook(), section="first / ", insights=[RULE], tokens_left=9)
+    assert found.operations == [Add(section="first / Rules", text=RULE)]
+
+
+# -- online ------------------------------------------------------------------------------------------------------------
+
+
+def test_it_learns_while_it_serves(asked, tmp_path):
+    file = tmp_path / "playbook.md"
+    online = ace().online(Desk(), file)
+    for row in rows(32):
+        online.learn(row)
+    assert score(online, rows(16, 100)) == 1
+    again = ace().online(Desk(), file)
+    assert again.playbook.render() == online.playbook.render()
+    assert score(again, rows(16, 100)) == 1
+
+
+def test_feedback_alone_teaches_without_metric_and_ground_truth(asked):
+    online = ace(None).online(Desk())
+    for row in rows(32):
+        answer = online(**row.inputs())
+        online.feedback(answer, 0.0, f"expected: {row.label}")
+    assert score(online, rows(16, 100)) == 1
+    with pytest.raises(ConfigError, match="no metric"):
+        online.learn(rows(1)[0])
+    with pytest.raises(DataError, match="none of the last"):
+        online.feedback(dspy.Prediction(label="x"), 1.0)
+
+
+@pytest.fixture
+def busy():
+    """Threads take turns as often as Python lets them."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_many_threads_lose_no_count(busy, asked):
+    online = ace().online(ace().compile(Desk(), trainset=rows(32)))
+    before = sum(bullet.helpful + bullet.harmful for bullet in online.playbook.bullets)
+    online.program.set_lm(dspy.settings.lm)
+    online.learner.program.set_lm(dspy.settings.lm)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(online.learn, rows(64, 500)))
+    assert sum(bullet.helpful + bullet.harmful for bullet in online.playbook.bullets) == before + 64
+    assert (
+        online.program.sort.signature.instructions
+        == Learner(ace(), online.program).told(online.playbook).sort.signature.instructions
+    )
+
+
+class Note(dspy.Module):
+    """A Reflector that repeats the feedback."""
+
+    def forward(self, task, playbook, section, records):
+        return dspy.Prediction(insights=[each["Feedback"] for each in records], counts=[])
+
+
+class Keep(dspy.Module):
+    """A Curator that keeps every insight."""
+
+    def forward(self, playbook, section, insights, tokens_left):
+        return dspy.Prediction(operations=[Add(section="Notes", text=insight) for insight in insights])
+
+
+def test_a_slow_thread_does_not_bring_back_an_old_playbook(asked, monkeypatch):
+    online = ace(None, reflector=Note(), curator=Keep()).online(Desk())
+    answers, told, pauses = [online(text="a"), online(text="b")], Learner.told, [0.3, 0.0]
+
+    def slow(learner, playbook):
+        program = told(learner, playbook)
+        time.sleep(pauses.pop(0))
+        return program
+
+    monkeypatch.setattr(Learner, "told", slow)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(online.feedback, answers, [0.0, 0.0], ["note 0", "note 1"]))
+    assert online.program.sort.signature.instructions.endswith("Notes:\n- note 0\n- note 1\n[End of playbook]")
+
+
+def test_online_programs_are_saved_loaded_copied_and_called_async(asked, tmp_path):
+    online = ace().online(ace().compile(Desk(), trainset=rows(32)))
+    online.save(tmp_path / "online.json")
+    fresh = ace().online(Desk())
+    fresh.load(tmp_path / "online.json")
+    assert fresh.playbook.render() == online.playbook.render()
+    fresh.learn(rows(1, 900)[0])
+    assert score(fresh, rows(16, 100)) == 1
+    assert asyncio.run(fresh.acall(text="my password")).label == "access"
+    copied = fresh.deepcopy()
+    copied.learn(rows(1, 901)[0])
+    assert copied.playbook.version == fresh.playbook.version + 1
+    pickled = pickle.dumps(online.playbook)
+    assert pickle.loads(pickled).render() == online.playbook.render()  # noqa: S301
+
+
+def test_an_edited_file_stops_saving_and_nothing_is_lost(asked, tmp_path):
+    file = tmp_path / "playbook.md"
+    online = ace().online(ace().compile(Desk(), trainset=rows(32)), file)
+    online.learn(rows(1, 900)[0])
+    edited = file.read_text().replace("# Playbook", "# Playbook\n\n## Notes\n\n- Be kind.\n")
+    file.write_text(edited)
+    version = online.playbook.version
+    with pytest.raises(DataError, match="edited by hand"):
+        online.learn(rows(1, 901)[0])
+    assert file.read_text() == edited
+    assert online.playbook.version == version + 1
+    assert "Be kind." in [bullet.text for bullet in ace().online(Desk(), file).playbook.bullets]
+
+
+def test_a_caller_s_trace_sees_the_call(asked, caplog):
+    caplog.set_level(logging.WARNING)
+    online = ace().online(Desk())
+    with dspy.context(trace=[]):
+        online(text="x")
+        assert len(dspy.settings.trace) == 1
+
+
+# -- the seedling ------------------------------------------------------------------------------------------------------
+
+
+def test_the_seedling_gains_from_a_playbook(make_lm):
+    example = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "ace_playbook.py"))
+    signature, data = example["task"](0, 100)
+    train, test = data[:60], data[60:]
+    program = dspy.Predict(signature)
+    with dspy.context(lm=make_lm(max_tokens=32)):
+        learned = ACE(example["metric"], epochs=1, batch_size=20, num_threads=16).compile(program, trainset=train)
+        before, after = (example["score"](each, test, 16) for each in (program, learned))
+    assert after >= before + 10
