@@ -31,6 +31,7 @@ _ROOMS = {
     "merge": ("dspy_lora.merging.command", "merge adapters into their base, or into one another"),
     "prepare": ("dspy_lora.prepare.command", "turn raw data into rows to train, validate and test on"),
     "route": ("dspy_lora.route_command", "say which domain a text is of, or measure how well that is said"),
+    "serve": ("dspy_lora.serve_command", "start vLLM's OpenAI server with the registry's adapters"),
     "train": ("dspy_lora.training.command", "train an adapter for one domain or several"),
 }
 

@@ -2,18 +2,21 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from statistics import fmean
+from typing import Any, Literal
 
 import dspy
+from dspy.teleprompt import Teleprompter
+from dspy_lora.optimizers.asking import Bank, IRTEvaluationPolicy
 from dspy_lora.optimizers.candidates import Adapters, Candidate, Space, assignment, with_arms
 from dspy_lora.optimizers.choosing import choose
 from dspy_lora.optimizers.proposers import RuleProposer
 from dspy_lora.optimizers.racing import Assignment, Race, Racer
-from dspy_lora.optimizers.reflection import Reflection, alternatives
+from dspy_lora.optimizers.reflection import Reflection, alternatives, objectives
 from dspy_lora.optimizers.results import Found, LoRAGEPAResult
 from dspy_lora.optimizers.rollouts import Rollouts
 from dspy_lora.optimizers.run_log import RunLog, digest
@@ -30,7 +33,7 @@ _HELD_OUT = 0.4  # share of the training rows that validates where no valset is 
 _PROPOSALS = 4  # evaluated at once in a GEPA step
 
 
-class LoRAGEPA(dspy.GEPA):
+class LoRAGEPA(dspy.GEPA, Teleprompter):  # Teleprompter again: MLflow's autolog looks at its direct subclasses alone
     """A teleprompter that gives every predictor the adapter and the instruction that together score best.
 
     Three phases share one budget of metric calls. A race on training rows chooses among assignments of adapters, the
@@ -45,15 +48,24 @@ class LoRAGEPA(dspy.GEPA):
         adapters: ``"all"`` of the LM's registry and ``"auto"`` (the classifier's choice for every call), some names of
             these, or a function of a predictor's name and the predictor that returns names.
         adapter_budget: Share of the metric calls for the race.
+        race_rows: ``"drawn"`` at random, or ``"telling"``: where a race begins with a screening (several predictors),
+            the rows come first that told most in it by item response theory. In simulated races
+            (``tests/test_racing.py``) it wins as often, 27 against 28 of 30, and where three rows in five are right
+            whatever the adapters, 26 against 20.
         select_adapters: Whether adapters are chosen; else every predictor keeps its own.
         optimize_prompts: Whether instructions are evolved.
         prior: Plausibility of an adapter (``"legal@0123456789ab"`` or ``"none"``) for a predictor by name, such as a
             router's similarity; decides between equals in the race.
         alpha: Level of the tests that choose the program.
         reflection_lm: Writes instructions; without it, and without ``instruction_proposer``, ``RuleProposer`` does.
+        gepa_kwargs: As for ``dspy.GEPA``. With ``{"val_evaluation_policy": "irt"}``, or an ``IRTEvaluationPolicy``,
+            GEPA asks a new candidate only the validation rows that tell most about it (``asking.py``); the best
+            candidates are asked the rest before the choice. With ``{"frontier_type": "objective"}`` (or ``"hybrid"``,
+            ``"cartesian"``) its front is over objectives: ``score``, ``adapters`` and ``seconds``, and those of the
+            metric; ``detailed_results.front`` has the candidates that are best in some trade of them.
         **kwargs: As for ``dspy.GEPA``: one of ``auto``, ``max_full_evals`` and ``max_metric_calls``;
             ``reflection_minibatch_size``, ``instruction_proposer``, ``component_selector``, ``log_dir``, ``seed``,
-            ``num_threads``, ``track_stats``, ``gepa_kwargs``...
+            ``num_threads``, ``track_stats``...
 
     Raises:
         ConfigError: Not exactly one budget, a share outside 0 to 1, or nothing to optimize.
@@ -71,12 +83,14 @@ class LoRAGEPA(dspy.GEPA):
         lm: LoRALM | None = None,
         adapters: Adapters = "all",
         adapter_budget: float = 0.4,
+        race_rows: Literal["drawn", "telling"] = "drawn",
         select_adapters: bool = True,
         optimize_prompts: bool = True,
         prior: Callable[[str, str], float] | None = None,
         alpha: float = 0.05,
         reflection_lm: dspy.LM | None = None,
         instruction_proposer: Any = None,
+        gepa_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         budgets = {name: kwargs.get(name) for name in ("auto", "max_full_evals", "max_metric_calls")}
@@ -84,6 +98,8 @@ class LoRAGEPA(dspy.GEPA):
             raise ConfigError(f"give exactly one of auto, max_full_evals and max_metric_calls; given: {budgets}")
         if not 0 < adapter_budget < 1:
             raise ConfigError(f"adapter_budget={adapter_budget!r} is no share between 0 and 1")
+        if race_rows not in ("drawn", "telling"):
+            raise ConfigError(f"race_rows={race_rows!r}; allowed are 'drawn' and 'telling'.")
         if not (select_adapters or optimize_prompts):
             raise ConfigError("select_adapters and optimize_prompts are both False: there is nothing to optimize")
         self._offline = reflection_lm is None and instruction_proposer is None
@@ -91,10 +107,11 @@ class LoRAGEPA(dspy.GEPA):
             metric,
             reflection_lm=reflection_lm,
             instruction_proposer=instruction_proposer or (RuleProposer() if self._offline else None),
+            gepa_kwargs=_with_policy(gepa_kwargs or {}),
             **kwargs,
         )
         self.lm, self.adapters, self.prior, self.alpha = lm, adapters, prior, alpha
-        self.adapter_budget = adapter_budget
+        self.adapter_budget, self.race_rows = adapter_budget, race_rows
         self.select_adapters, self.optimize_prompts = select_adapters, optimize_prompts
 
     def compile(
@@ -180,15 +197,16 @@ class _Run:
     ) -> None:
         self.owner, self.space, self.train, self.val = owner, space, train, val
         self.seed = owner.seed or 0
-        total = owner.budget(len(space.start), len(train), len(val))
-        self.log = RunLog(None if owner.log_dir is None else Path(owner.log_dir), self._settings(total))
+        self.total = owner.budget(len(space.start), len(train), len(val))
+        self.log = RunLog(None if owner.log_dir is None else Path(owner.log_dir), self._settings())
         self.rollouts = Rollouts(space, owner.metric_fn, self.log, owner.num_threads, owner.failure_score)
-        self.shares = self._shares(total)
+        self.shares = self._shares()
         if owner._offline and owner.optimize_prompts:
             logger.info("No reflection_lm: instructions are written by RuleProposer, by counting.")
 
-    def _settings(self, total: int) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:
         owner = self.owner
+        policy = owner.gepa_kwargs.get("val_evaluation_policy")
         return {
             "train": digest(*(row.toDict() for row in self.train)),
             "val": digest(*(row.toDict() for row in self.val)),
@@ -196,32 +214,34 @@ class _Run:
             "adapters": self.space.arms,
             "base": self.space.lm.base.revision,
             "metric": getattr(owner.metric_fn, "__qualname__", repr(owner.metric_fn)),
-            "metric_calls": total,
+            "metric_calls": self.total,
             "adapter_budget": owner.adapter_budget,
+            "race_rows": owner.race_rows,
             "optimize_prompts": owner.optimize_prompts,
             "minibatch": owner.reflection_minibatch_size,
+            "val_evaluation_policy": repr(policy) if isinstance(policy, IRTEvaluationPolicy) else type(policy).__name__,
             "seed": self.seed,
         }
 
-    def _shares(self, total: int) -> _Shares:
+    def _shares(self) -> _Shares:
         """Both ends are scored on all validation rows whatever happens; the rest is shared out.
 
         Raises:
             ConfigError: The budget does not hold that.
         """
-        left = total - 2 * len(self.val)
+        left = self.total - 2 * len(self.val)
         if left < 0:
             raise ConfigError(
-                f"{total} metric calls do not score two programs on {len(self.val)} validation rows. Give at least "
-                f"{2 * len(self.val)}, or fewer validation rows."
+                f"{self.total} metric calls do not score two programs on {len(self.val)} validation rows. Give at "
+                f"least {2 * len(self.val)}, or fewer validation rows."
             )
         choices = math.prod(len(arms) for arms in self.space.arms.values())
         if choices == 1:
             return _Shares(0, 0, left)
         if not self.owner.optimize_prompts:
             return _Shares(left, 0, 0)
-        race = min(round(total * self.owner.adapter_budget), left)
-        moves = round(_MOVES * total) if left - race > _MOVES * total else 0
+        race = min(round(self.total * self.owner.adapter_budget), left)
+        moves = round(_MOVES * self.total) if left - race > _MOVES * self.total else 0
         return _Shares(race, moves, left - race - moves)
 
     # -- phases ----------------------------------------------------------------------------------------------------
@@ -270,7 +290,8 @@ class _Run:
             return sum(self.owner.prior(name, arm) for name, arm in zip(names, arms, strict=True))
 
         start = assignment(self.space.start)
-        return Racer(self.space.arms, start, rows, score, self.shares.race, self.seed, prior).run()
+        telling = self.owner.race_rows == "telling"
+        return Racer(self.space.arms, start, rows, score, self.shares.race, self.seed, prior, telling).run()
 
     def _reflection(self, race: Race) -> Reflection:
         owner = self.owner
@@ -301,7 +322,7 @@ class _Run:
             module_selector=owner.component_selector,
             use_merge=owner.use_merge,
             max_merge_invocations=owner.max_merge_invocations,
-            max_metric_calls=self.shares.gepa + len(self.val),
+            max_metric_calls=self.shares.gepa - self._reserve() + len(self.val),
             logger=_Quiet(),
             use_wandb=owner.use_wandb,
             wandb_api_key=owner.wandb_api_key,
@@ -313,26 +334,70 @@ class _Run:
             raise_on_exception=True,
             **({"sampling_strategy": IndependentSampling(_PROPOSALS)} | owner.gepa_kwargs),
         )
-        spent = self.shares.race
+        scores = self._completed(result.candidates, result.val_subscores)
+        kept = [index for index, each in enumerate(scores) if len(each) == len(self.val)]
+        places = {index: parent + place for place, index in enumerate(kept)}
         return [
             Found(
-                candidate,
-                [parent + each for each in result.parents[index] if each is not None],
-                [scores[row] for row in sorted(scores)],
-                self.space.changes(candidate),
-                spent + result.discovery_eval_counts[index],
+                result.candidates[index],
+                [places[each] for each in _nearest(index, result.parents, places)],
+                [scores[index][row] for row in range(len(self.val))],
+                self.space.changes(result.candidates[index]),
+                self.shares.race + result.discovery_eval_counts[index],
+                result.val_aggregate_subscores[index] if result.val_aggregate_subscores else {},
             )
-            for index, (candidate, scores) in enumerate(zip(result.candidates, result.val_subscores, strict=True))
-            if index and len(scores) == len(self.val)
+            for index in kept
+            if index
         ]
 
+    def _reserve(self) -> int:
+        """Metric calls for the rows that an evaluation policy left out, of the candidates that may win."""
+        if self.owner.gepa_kwargs.get("val_evaluation_policy") in (None, "full_eval"):
+            return 0
+        return min(len(self.val), self.shares.gepa // 4)
+
+    def _completed(
+        self, candidates: Sequence[Candidate], known: Sequence[Mapping[int, float]]
+    ) -> list[dict[int, float]]:
+        """The candidates' scores, with the rows that the best ones were not asked, as long as calls are left."""
+        scores = [dict(each) for each in known]
+        partial = [index for index, each in enumerate(scores) if len(each) < len(self.val)]
+        expected = Bank(known).expected() if partial else []
+        ranked = sorted(partial, key=lambda index: (index > 0, -expected[index]))
+        for index in ranked:
+            missing = [row for row in range(len(self.val)) if row not in scores[index]]
+            if self.rollouts.calls + len(missing) > self.total and index != ranked[0]:
+                break
+            found = self.rollouts.run([(candidates[index], self.val[row]) for row in missing])
+            scores[index] |= {row: rollout.score for row, rollout in zip(missing, found, strict=True)}
+        return scores
+
     def _found(self, candidate: Candidate, parents: list[int]) -> Found:
-        scores = [rollout.score for rollout in self.rollouts.run([(candidate, row) for row in self.val])]
-        return Found(candidate, parents, scores, self.space.changes(candidate), self.rollouts.calls)
+        ran = self.rollouts.run([(candidate, row) for row in self.val])
+        scores, judged = [rollout.score for rollout in ran], [objectives(candidate, rollout) for rollout in ran]
+        names = dict.fromkeys(name for each in judged for name in each)
+        means = {name: fmean(each[name] for each in judged if name in each) for name in names}
+        return Found(candidate, parents, scores, self.space.changes(candidate), self.rollouts.calls, means)
 
     def _complexity(self, found: Found) -> float:
         """Changes first; of equally many the shorter instructions."""
         return found.changes + sum(map(len, found.instructions.values())) / 1e6
+
+
+def _with_policy(gepa_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """GEPA's arguments, with the policy that ``"irt"`` names."""
+    if gepa_kwargs.get("val_evaluation_policy") != "irt":
+        return gepa_kwargs
+    return gepa_kwargs | {"val_evaluation_policy": IRTEvaluationPolicy()}
+
+
+def _nearest(index: int, parents: Sequence[Sequence[int | None]], kept: Container[int]) -> list[int]:
+    """The nearest ancestors of a candidate that were kept."""
+    found: list[int] = []
+    for each in parents[index]:
+        if each is not None:
+            found += [each] if each in kept else _nearest(each, parents, kept)
+    return list(dict.fromkeys(found))
 
 
 class _Quiet:

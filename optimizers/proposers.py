@@ -72,7 +72,7 @@ class RuleProposer:
         """Takes rows in; a row that was seen before is replaced."""
         for name, records in reflective_dataset.items():
             for record in records:
-                if row := self._row(record):
+                if row := self.row_of(record):
                     self._rows[name][row.text] = row
 
     def __call__(
@@ -91,7 +91,8 @@ class RuleProposer:
                 proposed[name] = text
         return proposed
 
-    def _row(self, record: Mapping[str, Any]) -> Row | None:
+    def row_of(self, record: Mapping[str, Any]) -> Row | None:
+        """What a reflective record shows: its text, its answer and the right one; None where that is not said."""
         inputs, outputs = record["Inputs"], record["Generated Outputs"]
         text = " ".join(str(value) for value in inputs.values()) if isinstance(inputs, Mapping) else str(inputs)
         gold = self.gold(str(record.get("Feedback", "")))
@@ -108,7 +109,7 @@ class RuleProposer:
         if len(rows) < 2:
             return None
         if len(labels) > len(rows) / 2:
-            hints = _form(rows)
+            hints = form_rules(rows)
             return f"{task}\n\n{_HEADER}\n" + "\n".join(hints) if hints else None
         parts = [task]
         if len(labels) <= _FEW_LABELS and chance.random() < 0.7:
@@ -124,9 +125,7 @@ class RuleProposer:
         ranked = sorted(
             (label for label in labels if words.get(label)), key=lambda label: (-wrong[label], -labels[label])
         )
-        rules = [
-            f"If it mentions {_either(words[label][:most])}, answer {label}." for label in ranked[: self.max_rules]
-        ]
+        rules = [f"If it mentions {either(words[label][:most])}, answer {label}." for label in ranked[: self.max_rules]]
         if rules and chance.random() < 0.5:
             left = [label for label in labels if label not in ranked] or list(labels)
             rules.append(f"Otherwise answer {max(left, key=lambda label: labels[label])}.")
@@ -180,11 +179,12 @@ def _overlap(term: str, other: str) -> bool:
     return bool(set(term.split()) & set(other.split()))
 
 
-def _either(words: Sequence[str]) -> str:
+def either(words: Sequence[str]) -> str:
+    """Words as text: ``a, b or c``."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
-def _form(rows: Sequence[Row]) -> list[str]:
+def form_rules(rows: Sequence[Row]) -> list[str]:
     """How answers that are no labels are written."""
     hints = []
     if sum(row.gold.lower() in row.text.lower() for row in rows) >= 0.7 * len(rows):

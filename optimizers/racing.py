@@ -15,6 +15,10 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
+import numpy as np
+from dspy_lora.optimizers.asking import leaders_information
+from numpy.typing import NDArray
+
 Assignment = tuple[str, ...]
 Scorer = Callable[[Sequence[tuple[Assignment, Any]]], Sequence[float]]  # of assignments on rows
 Prior = Callable[[Assignment], float]
@@ -72,6 +76,7 @@ class Racer:
         budget: The most scores that are asked for.
         seed: Of the random assignments.
         prior: Plausibility of an assignment (the router's similarity, say); decides between equals.
+        telling_rows: After a screening, ask the rows first that told most in it (``asking.py``).
     """
 
     def __init__(
@@ -83,9 +88,11 @@ class Racer:
         budget: int,
         seed: int = 0,
         prior: Prior | None = None,
+        telling_rows: bool = False,
     ) -> None:
         self.choices, self.start, self.rows, self.score = list(choices.values()), start, list(rows), score
         self.budget, self.rng, self.prior = budget, Random(seed), prior or (lambda assignment: 0.0)
+        self.telling_rows = telling_rows
         self.standings: dict[Assignment, Standing] = {}
         self.calls = 0
         self.rounds: list[str] = []
@@ -153,28 +160,40 @@ class Racer:
 
     def _screen_and_ascend(self) -> list[Assignment]:
         """Ascends from what the main effects say, among each predictor's better half of adapters."""
-        effects = self._main_effects(int(self.budget * _SCREENING))
-        ranked = [sorted(arms, key=lambda arm: -by[arm]) for arms, by in zip(self.choices, effects, strict=True)]
+        most = max(len(arms) for arms in self.choices)
+        if (count := int(self.budget * _SCREENING) // most) == 0:
+            return [self.start]
+        effects = self._main_effects(self.rows[::-1][:count], most)
+        ranked = [
+            [arms[at] for at in np.argsort(-table.mean(1), kind="stable")]
+            for arms, table in zip(self.choices, effects, strict=True)
+        ]
+        if self.telling_rows:
+            self._ask_telling_first(effects)
         likely = [arms[: math.ceil(len(arms) * _LIKELY)] for arms in ranked]
         return self._ascend([arms[0] for arms in ranked], likely)
 
-    def _main_effects(self, budget: int) -> list[dict[str, float]]:
-        """Mean score of each predictor's adapters among random partners, on the last rows of the race."""
-        most = max(len(arms) for arms in self.choices)
-        pairs = []
-        for row in self.rows[::-1][: budget // most]:
-            columns = [self._spread(arms, most) for arms in self.choices]
-            pairs += [(assignment, row) for assignment in zip(*columns, strict=True)]
-        scores = self.score(pairs)
-        self.calls += len(pairs)
-        self.rounds.append(f"main effects from {len(pairs)} scores")
-        effects = []
-        for place, arms in enumerate(self.choices):
-            by_arm: dict[str, list[float]] = {arm: [] for arm in arms}
-            for (assignment, _), score in zip(pairs, scores, strict=True):
-                by_arm[assignment[place]].append(score)
-            effects.append({arm: sum(found) / len(found) if found else 0.0 for arm, found in by_arm.items()})
-        return effects
+    def _main_effects(self, rows: Sequence[Any], most: int) -> list[NDArray[np.float64]]:
+        """Scores of each predictor's adapters among random partners, ``most`` a row: (adapters, rows) for each."""
+        drawn = [[*zip(*(self._spread(arms, most) for arms in self.choices), strict=True)] for _ in rows]
+        scores = iter(self.score([(arms, row) for row, batch in zip(rows, drawn, strict=True) for arms in batch]))
+        self.calls += most * len(rows)
+        self.rounds.append(f"main effects from {most * len(rows)} scores")
+        sums = [np.zeros((2, len(arms), len(rows))) for arms in self.choices]
+        for column, batch in enumerate(drawn):
+            for assignment in batch:
+                score = next(scores)
+                for arm, arms, found in zip(assignment, self.choices, sums, strict=True):
+                    found[:, arms.index(arm), column] += 1, score
+        return [total / count for count, total in sums]
+
+    def _ask_telling_first(self, effects: Sequence[NDArray[np.float64]]) -> None:
+        """Moves the rows that tell most about the likely winner to the front, those that tell least to the end."""
+        information = leaders_information(effects)
+        seen = len(information)
+        usual = float(np.median(information))
+        value = [usual] * (len(self.rows) - seen) + list(information[::-1])
+        self.rows = [self.rows[at] for at in np.argsort(-np.array(value), kind="stable")]
 
     def _spread(self, arms: Sequence[str], count: int) -> list[str]:
         """The arms in random order, repeated evenly up to a number."""

@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 import dspy
-from dspy_lora.optimizers.candidates import Candidate, arm_of, decode, encode, with_arms
+from dspy_lora.optimizers.candidates import BASE, KEPT, Candidate, arm_of, decode, encode, with_arms
 from dspy_lora.optimizers.proposers import RuleProposer
 from dspy_lora.optimizers.rollouts import Rollout, Rollouts
 from dspy_lora.optimizers.run_log import RunLog, digest
@@ -68,15 +68,14 @@ class Reflection(GEPAAdapter[dspy.Example, Rollout, None]):
         """Several candidates on a batch each, all rows at once."""
         pairs = [(candidate, example) for candidate, batch in items for example in batch]
         found, batches = iter(self.rollouts.run(pairs, capture_traces)), []
-        for _, batch in items:
+        for candidate, batch in items:
             part = [next(found) for _ in batch]
-            objectives = [rollout.objectives for rollout in part]
             batches.append(
                 EvaluationBatch(
                     outputs=[None] * len(part),
                     scores=[rollout.score for rollout in part],
                     trajectories=part if capture_traces else None,
-                    objective_scores=objectives if any(objectives) else None,
+                    objective_scores=[objectives(candidate, rollout) for rollout in part],
                 )
             )
         return batches
@@ -157,6 +156,16 @@ class Reflection(GEPAAdapter[dspy.Example, Rollout, None]):
 
     def _failed(self, records: Sequence[Mapping[str, Any]]) -> float:
         return sum(record["Score"] < self.perfect_score for record in records) / len(records) if records else 0.0
+
+
+def objectives(candidate: Candidate, rollout: Rollout) -> dict[str, float]:
+    """What GEPA's fronts over objectives compare; more is better.
+
+    ``score``, ``adapters`` (minus how many different ones), ``seconds`` (minus the wall time), and the metric's
+    ``objective_scores``, which come before them.
+    """
+    used = {arm for arm in map(arm_of, candidate.values()) if arm not in (BASE, KEPT)}
+    return {"score": rollout.score, "adapters": -float(len(used)), "seconds": -rollout.seconds} | rollout.objectives
 
 
 def alternatives(ranking: Sequence[tuple[str, ...]], names: Sequence[str]) -> dict[str, list[str]]:

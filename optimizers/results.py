@@ -1,6 +1,7 @@
 """What a run of LoRAGEPA found: every candidate, the race, and a report."""
 
 import html
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ class Found:
         val_scores: One a validation row.
         changes: Adapters and instructions that differ from the program as it was.
         metric_calls: How many metric calls had been made when it was found.
+        objectives: Means on the validation rows, more is better: ``score``, ``adapters`` (minus how many), ``seconds``
+            (minus the wall time of a row, others beside it), and the metric's ``objective_scores``.
     """
 
     candidate: Candidate
@@ -28,6 +31,7 @@ class Found:
     val_scores: list[float]
     changes: int
     metric_calls: int
+    objectives: dict[str, float] = field(default_factory=dict, compare=False)
 
     @property
     def val_score(self) -> float:
@@ -96,6 +100,20 @@ class LoRAGEPAResult:
     def val_aggregate_scores(self) -> list[float]:
         """Mean score of each candidate on the validation rows."""
         return [found.val_score for found in self.found]
+
+    def front(self, *names: str) -> list[int]:
+        """Indices of the candidates that no other one beats in some objective without losing in another.
+
+        Args:
+            *names: The objectives that count; none is all of them.
+        """
+        names = names or tuple(self.found[0].objectives)
+        points = [tuple(found.objectives.get(name, -math.inf) for name in names) for found in self.found]
+
+        def beaten(point: tuple[float, ...]) -> bool:
+            return any(other != point and all(a >= b for a, b in zip(other, point, strict=True)) for other in points)
+
+        return [index for index, point in enumerate(points) if not beaten(point)]
 
     def report(self) -> str:
         """The run as Markdown: the choice, the race, every candidate."""

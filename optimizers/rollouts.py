@@ -4,12 +4,12 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import dspy
 from dspy.utils.exceptions import AdapterParseError
 from dspy.utils.parallelizer import ParallelExecutor
-from dspy_lora.optimizers.candidates import Candidate, Space
+from dspy_lora.optimizers.candidates import Candidate
 from dspy_lora.optimizers.run_log import RunLog, digest
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,7 @@ class Rollout:
         error: What the program or the metric raised; the score is the failure score then.
         records: For each predictor that ran what reflection sees: inputs, outputs, feedback. Empty unless traced.
         usage: Tokens by kind, and ``calls`` of LMs.
+        seconds: Wall time of the program, with the others of its batch beside it.
     """
 
     score: float
@@ -35,6 +36,14 @@ class Rollout:
     error: str | None = None
     records: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     usage: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class Builder(Protocol):
+    """Makes the program that a candidate stands for."""
+
+    def build(self, candidate: Candidate) -> dspy.Module:
+        """A program of its own."""
 
 
 class Rollouts:
@@ -53,7 +62,7 @@ class Rollouts:
     """
 
     def __init__(
-        self, space: Space, metric: Callable[..., Any], log: RunLog, threads: int | None, failure_score: float
+        self, space: Builder, metric: Callable[..., Any], log: RunLog, threads: int | None, failure_score: float
     ) -> None:
         self.space, self.metric, self.log = space, metric, log
         self.threads, self.failure_score = threads, failure_score
@@ -95,26 +104,28 @@ class Rollouts:
         with dspy.context(trace=[]), dspy.track_usage() as tracker:
             failed: AdapterParseError | None = None
             prediction, error = None, None
+            began = time.monotonic()
             try:
                 prediction = program(**example.inputs())
             except AdapterParseError as exc:
                 failed, error = exc, f"the answer could not be parsed: {exc.lm_response[:500]}"
             except Exception as exc:  # noqa: BLE001 - whatever the program raises is this example's failure
                 error = f"{type(exc).__name__}: {exc}"
+            seconds = time.monotonic() - began
             trace = list(dspy.settings.trace)
         usage = _usage(tracker.get_total_tokens(), len(trace))
         if error is None:
             try:
-                score, objectives, _ = _scored(self.metric(example, prediction, trace, None, None))
+                score, objectives, _ = scored(self.metric(example, prediction, trace, None, None))
                 records = self._records(program, example, prediction, trace) if traced else {}
-                return Rollout(score, objectives, None, records, usage)
+                return Rollout(score, objectives, None, records, usage, seconds)
             except Exception as exc:  # noqa: BLE001 - one example's metric may fail
                 error = f"the metric raised {type(exc).__name__}: {exc}"
                 logger.warning("%s on %s", error, str(example)[:200])
         records = {}
         if traced and failed is not None:
             records = dict(_unparsed(program, failed))
-        return Rollout(self.failure_score, {}, error, records, usage)
+        return Rollout(self.failure_score, {}, error, records, usage, seconds)
 
     def _records(
         self, program: dspy.Module, example: dspy.Example, prediction: Any, trace: list[Any]
@@ -126,11 +137,11 @@ class Rollouts:
             if (name := names.get(id(predictor))) is None:
                 continue  # a module that the program made on the way
             part = [(predictor, inputs, outputs)]
-            score, _, feedback = _scored(self.metric(example, prediction, trace, name, part))
+            score, _, feedback = scored(self.metric(example, prediction, trace, name, part))
             records.setdefault(name, []).append(
                 {
-                    "Inputs": {key: _shown(value) for key, value in inputs.items()},
-                    "Generated Outputs": {key: _shown(value) for key, value in outputs.items()},
+                    "Inputs": {key: shown_value(value) for key, value in inputs.items()},
+                    "Generated Outputs": {key: shown_value(value) for key, value in outputs.items()},
                     "Feedback": feedback or _NO_FEEDBACK.format(score=score),
                 }
             )
@@ -147,7 +158,7 @@ def _unparsed(program: dspy.Module, failed: AdapterParseError) -> Iterator[tuple
             return
 
 
-def _scored(result: Any) -> tuple[float, dict[str, float], str | None]:
+def scored(result: Any) -> tuple[float, dict[str, float], str | None]:
     """Score, objectives and feedback of what a metric returned."""
     if isinstance(result, dspy.Prediction):
         return float(result.score), dict(result.get("objective_scores") or {}), result.get("feedback")
@@ -156,7 +167,8 @@ def _scored(result: Any) -> tuple[float, dict[str, float], str | None]:
     return float(result), {}, None
 
 
-def _shown(value: Any) -> str:
+def shown_value(value: Any) -> str:
+    """A field's value as text."""
     return value if isinstance(value, str) else str(value)
 
 

@@ -9,7 +9,6 @@ import pytest
 
 from dspy_lora.bench import command, measure, memory, workload
 from dspy_lora.bench.measure import Figure
-from dspy_lora.bench.server import arguments
 from dspy_lora.cli import main
 
 
@@ -70,14 +69,6 @@ def test_memory_of_a_process_and_its_group_is_counted():
     own = memory.megabytes()
     assert 10 < own < 20_000
     assert memory.group_megabytes(os.getpid()) >= own * 0.9
-
-
-def test_the_server_gets_the_engine_s_arguments():
-    words = arguments({"enable_lora": True, "enforce_eager": False, "max_loras": 12, "dtype": "float32"}, 81, ["a=/b"])
-    assert words[-2:] == ["--lora-modules", "a=/b"]
-    text = " ".join(words)
-    for flag in ("--port 81", "--enable-lora", "--no-enforce-eager", "--max-loras 12", "--dtype float32"):
-        assert flag in text
 
 
 def test_settings_of_dspy_are_put_back():

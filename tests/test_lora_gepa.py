@@ -3,19 +3,26 @@
 import json
 import re
 import threading
+from random import Random
 
 import dspy
 import pytest
 from dspy.clients.engines.dummy_engine import AsyncDummyEngine, DummyEngine
 from dspy.utils import DummyLM
 from dspy_lora.optimizers import LoRAGEPA, candidates
+from dspy_lora.optimizers.asking import IRTEvaluationPolicy
 from dspy_lora.optimizers.candidates import Space, decode
+from dspy_lora.optimizers.reflection import Reflection
+from gepa.proposer.merge import sample_and_attempt_merge_programs_by_common_predictors
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dspy_lora import LoRALM
 from dspy_lora.errors import ConfigError
 
 LABELS = {"apple": "fruit", "carrot": "vegetable", "hammer": "tool", "violin": "instrument"}
 KNOWS = {"legal": ("apple", "carrot", "hammer", "violin"), "financial": ("apple", "hammer")}
+REAL_LM_FOR = Space._lm_for
 RULE = re.compile(r"If it mentions ([\w ,]+), answer (\w+)\.")
 
 
@@ -286,9 +293,211 @@ def test_a_candidate_text_holds_adapter_and_instruction():
         decode("Say it.")
 
 
-def test_better_together_takes_it(world):
-    import inspect
+# -- rows that are asked -----------------------------------------------------------------------------------------------
 
-    parameters = inspect.signature(LoRAGEPA.compile).parameters
-    assert {"trainset", "teacher", "valset"} <= set(parameters)
-    assert isinstance(optimizer(), dspy.teleprompt.Teleprompter)
+
+WORDS = {f"word{chr(97 + i)}": f"label{chr(97 + i)}" for i in range(16)}
+
+
+def one_rule_more(candidate, reflective_dataset, components_to_update):
+    """A proposer that learns one label at a time, so that candidates are many."""
+    (name,) = components_to_update
+    wrong = [record for record in reflective_dataset[name] if record["Feedback"] != "Right."]
+    if not wrong:
+        return {}
+    label = wrong[0]["Feedback"].removeprefix("The right answer is ").rstrip(".")
+    return {name: f"{candidate[name]} If it mentions {label.replace('label', 'word')}, answer {label}."}
+
+
+def test_item_response_theory_asks_fewer_rows_and_the_returned_program_is_scored_on_all(monkeypatch):
+    World(monkeypatch, {}, WORDS)
+    asked = []
+    real = Reflection.batch_evaluate
+
+    def watched(reflection, items, **kwargs):
+        asked.extend(len(batch) for _, batch in items)
+        return real(reflection, items, **kwargs)
+
+    monkeypatch.setattr(Reflection, "batch_evaluate", watched)
+    result = (
+        optimizer(
+            max_metric_calls=1300,
+            num_threads=1,
+            adapters=[],
+            instruction_proposer=one_rule_more,
+            gepa_kwargs={"val_evaluation_policy": IRTEvaluationPolicy(target_se=0.6)},
+        )
+        .compile(dspy.Predict("text -> label"), trainset=rows(64, WORDS), valset=rows(128, WORDS, shift=64))
+        .detailed_results
+    )
+    asked = [count for count in asked if count > 3]  # 3 is a minibatch
+    assert asked[:4] == [128] * 4
+    assert len(asked) >= 16  # with all rows of each it would be 10
+    assert max(asked[9:]) < 40
+    assert len(result.found) < len(asked)  # the worse ones were not asked the rest
+    assert all(len(found.val_scores) == 128 for found in result.found)
+    assert all(parent < index for index, found in enumerate(result.found) for parent in found.parents)
+    assert result.found[result.best_idx].val_score >= 3 / 16
+    assert result.metric_calls <= 1300 + 128
+
+
+def test_the_policy_s_name_is_taken_and_a_killed_run_goes_on(world, tmp_path):
+    world.knows = {}
+    program, sets = dspy.Predict("text -> label"), {"trainset": rows(40), "valset": rows(40, shift=40)}
+    given = {"max_metric_calls": 700, "num_threads": 1, "gepa_kwargs": {"val_evaluation_policy": "irt"}}
+    assert optimizer(**given).gepa_kwargs == {"val_evaluation_policy": IRTEvaluationPolicy()}
+    first = optimizer(log_dir=str(tmp_path), **given).compile(program, **sets)
+    calls = len(world.asked)
+    second = optimizer(log_dir=str(tmp_path), **given).compile(program, **sets)
+    assert len(world.asked) == calls
+    assert second.detailed_results.found == first.detailed_results.found
+    with pytest.raises(ConfigError, match="val_evaluation_policy was"):
+        optimizer(log_dir=str(tmp_path), max_metric_calls=700).compile(program, **sets)
+
+
+def test_the_race_may_ask_telling_rows(monkeypatch):
+    World(monkeypatch, {"legal": LABELS})
+    compiled = optimizer(race_rows="telling", optimize_prompts=False, max_metric_calls=600).compile(
+        Two(), trainset=rows(60), valset=rows(40, shift=60)
+    )
+    assert "main effects" in compiled.detailed_results.race[0]
+    assert compiled.detailed_results.race_calls <= 600
+
+
+# -- more than one objective -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frontier", ["objective", "hybrid", "cartesian"])
+def test_fronts_over_objectives(world, frontier):
+    world.knows = {}
+
+    def judged(gold, pred, trace=None, pred_name=None, pred_trace=None):
+        scored = metric(gold, pred)
+        return dspy.Prediction(**scored.toDict(), objective_scores={"short": -float(len(pred.label))})
+
+    result = (
+        optimizer(metric=judged, max_metric_calls=600, gepa_kwargs={"frontier_type": frontier})
+        .compile(dspy.Predict("text -> label"), trainset=rows(40), valset=rows(40, shift=40))
+        .detailed_results
+    )
+    assert len(result.found) > 1
+    assert all({"score", "adapters", "seconds", "short"} <= set(found.objectives) for found in result.found)
+    assert all(found.objectives["score"] == pytest.approx(found.val_score) for found in result.found)
+
+
+def test_the_front_of_score_against_the_number_of_adapters(world):
+    world.knows = {"legal": tuple(LABELS)}
+    result = optimizer().compile(dspy.Predict("text -> label"), trainset=rows(40), valset=rows(40, shift=40))
+    result = result.detailed_results
+    front = [result.found[index] for index in result.front("score", "adapters")]
+    assert {found.objectives["adapters"] for found in front} == {0.0, -1.0}
+    assert max(found.val_score for found in front) == 1.0
+    assert result.front("score") == [i for i, found in enumerate(result.found) if found.val_score == 1.0]
+
+
+# -- merge -------------------------------------------------------------------------------------------------------------
+
+texts = st.builds(
+    candidates.encode, st.sampled_from(["none", "legal@0123456789ab", "auto@0123456789ab"]), st.sampled_from("abcd")
+)
+
+
+@given(st.lists(st.fixed_dictionaries({"first": texts, "second": texts}), min_size=3, max_size=3), st.integers(0, 99))
+def test_merge_takes_adapter_and_instruction_together(family, seed):
+    merged = sample_and_attempt_merge_programs_by_common_predictors(
+        agg_scores=[0.1, 0.5, 0.6],
+        rng=Random(seed),
+        merge_candidates=[1, 2],
+        merges_performed=([], []),
+        program_candidates=family,
+        parent_program_for_candidate=[[None], [0], [0]],
+    )
+    if merged is not None:
+        assert all(text in {each[name] for each in family} for name, text in merged[0].items())
+
+
+# -- beside others -----------------------------------------------------------------------------------------------------
+
+
+class Served:
+    """Stands for the engine that LoRALMs share: answers for the adapter that a request's model names."""
+
+    def __init__(self, world, happened):
+        self.world, self.happened, self.routes = world, happened, {}
+
+    def complete(self, request):
+        return self.world.lm(request.model.rsplit("/", 1)[-1])._engine_spec.complete(request)
+
+    def serve(self, model, adapter):
+        pass
+
+    def preload(self, model):
+        self.happened.append("launch")
+
+    def shutdown(self):
+        self.happened.append("kill")
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+class AsyncServed(Served):
+    async def complete(self, request):
+        return super().complete(request)
+
+
+@pytest.fixture
+def lms(monkeypatch, world):
+    """LoRALMs whose adapters know what the world says; returns how often they were launched and killed."""
+    happened = []
+    engine = Served(world, happened)
+    monkeypatch.setattr(Space, "_lm_for", REAL_LM_FOR)
+    monkeypatch.setattr(LoRALM, "_engine_pair", lambda lm, config: (engine, AsyncServed(world, happened)))
+    return happened
+
+
+def test_inside_better_together_it_is_a_prompt_optimizer(lms):
+    student = dspy.Predict("text -> label")
+    student.set_lm(LoRALM())
+    together = dspy.BetterTogether(metric=lambda gold, pred, trace=None: metric(gold, pred).score, p=optimizer(lm=None))
+    compiled = together.compile(student, trainset=rows(40), valset=rows(40, shift=40), strategy="p -> p")
+    assert not compiled.flag_compilation_error_occurred
+    best = compiled.candidate_programs[0]
+    assert (best["strategy"], best["score"]) == ("p", 100.0)
+    assert {each["strategy"] for each in compiled.candidate_programs} == {"", "p", "p -> p"}
+    assert compiled.lm.ref.startswith("legal@")
+    assert compiled(text="a violin").label == "instrument"
+    assert student.lm.ref is None
+    assert (lms[0], lms[-1]) == ("launch", "kill")
+
+
+def test_better_together_s_teacher_is_refused(lms):
+    student = dspy.Predict("text -> label")
+    student.set_lm(LoRALM())
+    together = dspy.BetterTogether(metric=lambda gold, pred, trace=None: metric(gold, pred).score, p=optimizer(lm=None))
+    compiled = together.compile(student, teacher=student.deepcopy(), trainset=rows(8), valset=rows(8), strategy="p")
+    assert compiled.flag_compilation_error_occurred
+    assert compiled.lm.ref is None
+
+
+def test_mlflow_s_autolog_finds_its_compile():
+    """It patches the direct subclasses of Teleprompter and none below, and logs parameters and the program's state."""
+    assert LoRAGEPA in dspy.teleprompt.Teleprompter.__subclasses__()
+    assert optimizer().get_params()["adapter_budget"] == 0.4
+
+
+def test_mlflow_autolog(world, tmp_path):
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    mlflow.create_experiment("loragepa", artifact_location=str(tmp_path / "artifacts"))
+    mlflow.set_experiment("loragepa")
+    mlflow.dspy.autolog(log_compiles=True, log_traces=False, silent=True)
+    try:
+        with dspy.context(lm=LoRALM()):
+            compiled = optimizer().compile(dspy.Predict("text -> label"), trainset=rows(40), valset=rows(40, shift=40))
+        (run,) = mlflow.search_runs(experiment_names=["loragepa"], output_format="list")
+        logged = [each.path for each in mlflow.MlflowClient().list_artifacts(run.info.run_id)]
+    finally:
+        mlflow.dspy.autolog(disable=True)
+    assert adapters(compiled)["self"].startswith("legal@")
+    assert {"best_model.json", "trainset.json", "valset.json"} <= set(logged)

@@ -3,11 +3,12 @@ import pytest
 from dspy_lora.optimizers.racing import Racer
 
 
-def race(seed, predictors, arms, budget, chance, rows=100):
+def race(seed, predictors, arms, budget, chance, rows=100, telling=False, dull=0.0):
     """A race whose scores are drawn once for each assignment and row; returns it, and the best assignment."""
     rng = np.random.default_rng(seed)
     best = tuple(str(rng.integers(1, arms)) for _ in range(predictors))
     hard, drawn = rng.normal(0, 0.15, rows), {}
+    hard[rng.random(rows) < dull] = 10.0  # answered right whatever the adapters
 
     def score(pairs):
         for assignment, row in pairs:
@@ -17,7 +18,7 @@ def race(seed, predictors, arms, budget, chance, rows=100):
         return [drawn[pair] for pair in pairs]
 
     choices = {f"p{i}": [str(arm) for arm in range(arms)] for i in range(predictors)}
-    return Racer(choices, ("0",) * predictors, range(rows), score, budget, seed).run(), best
+    return Racer(choices, ("0",) * predictors, range(rows), score, budget, seed, telling_rows=telling).run(), best
 
 
 @pytest.mark.parametrize(
@@ -67,3 +68,32 @@ def test_one_choice_costs_nothing_and_too_small_a_budget_changes_nothing():
     result = Racer({"p": list("abcdef")}, ("a",), range(50), lambda pairs: [0.0] * len(pairs), 5).run()
     assert result.ranking[0] == ("a",)
     assert result.calls == 0
+
+
+@pytest.mark.parametrize(("budget", "dull", "least"), [(800, 0.0, -3), (1500, 0.6, 1)], ids=["all tell", "most do not"])
+def test_telling_rows_help_where_most_rows_tell_nothing_and_elsewhere_do_no_harm(budget, dull, least):
+    def won(telling):
+        found = [
+            race(seed, 3, 13, budget, lambda right: 0.1 + 0.8 * np.mean(right), telling=telling, dull=dull)
+            for seed in range(30)
+        ]
+        return sum(result.ranking[0] == best for result, best in found)
+
+    drawn, told = won(False), won(True)
+    print(f"best assignment won: rows drawn {drawn} of 30, telling rows {told} of 30")
+    assert told - drawn >= least
+
+
+def test_telling_rows_come_first_after_the_screening():
+    rows = [*range(50)]
+
+    def score(pairs):
+        return [1.0 if row % 2 else float(assignment[0] == "1") for assignment, row in pairs]
+
+    racer = Racer(
+        {"a": list("012"), "b": list("012"), "c": list("012")}, ("0",) * 3, rows, score, 120, telling_rows=True
+    )
+    racer.run()
+    assert sorted(racer.rows) == rows
+    assert all(row % 2 == 0 or row < 40 for row in racer.rows[:5])
+    assert all(row % 2 == 1 for row in racer.rows[-5:])

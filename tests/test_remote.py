@@ -1,15 +1,9 @@
 """``LoRALM(api_base=...)`` against vLLM's own OpenAI server on loopback, and against what is no such server."""
 
 import asyncio
-import contextlib
 import http.server
-import os
 import pickle
-import socket
-import subprocess
-import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
@@ -27,66 +21,23 @@ from dspy.utils.exceptions import (
 )
 
 from dspy_lora import AdapterRegistry, LoRALM
-from dspy_lora.adapters.base import SEEDLING_FOLDER
-from dspy_lora.engine.processes import kill_group
+from dspy_lora.adapters.base import resolve_base
+from dspy_lora.config import load_config
+from dspy_lora.engine.openai_server import OpenAIServer, free_port, running
+from dspy_lora.engine.settings import engine_settings
 
 pytestmark = pytest.mark.timeout(600)
 KEY = "key-of-the-test-server"
 LONG = {"max_tokens": 24, "ignore_eos": True}  # so many tokens, whatever the weights say
-ENVIRONMENT = {
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-}
-ARGUMENTS = {
-    "model": SEEDLING_FOLDER,
-    "dtype": "float32",
-    "max-loras": 12,
-    "max-lora-rank": 16,
-    "worker-cls": "dspy_lora.engine.cpu_lora.GroupedCPUWorker",
-    "tool-call-parser": "hermes",
-    "structured-outputs-config": '{"backend": "xgrammar", "disable_any_whitespace": true}',  # else it may never end
-    "api-key": KEY,
-    "host": "127.0.0.1",
-}
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+ENGINE = {"dtype": "float32", "tool_parser": "hermes", "disable_log_stats": False}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def server():
     """vLLM's server with the seedling; yields its address."""
-    folder, port = tmp_path_factory.mktemp("server"), free_port()
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enable-lora", "--enable-auto-tool-choice"]
-    command += [word for name, value in ARGUMENTS.items() for word in (f"--{name}", str(value))]
-    log = folder / "log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [*command, "--port", str(port)],
-            stdout=output,
-            stderr=output,
-            cwd=folder,
-            env=os.environ | ENVIRONMENT,
-            start_new_session=True,
-        )
-    try:
-        address = f"http://127.0.0.1:{port}"
-        while process.poll() is None:
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{address}/health").status_code == 200:
-                    break
-            time.sleep(0.5)
-        else:
-            pytest.fail("vLLM's server did not start:\n" + log.read_text(errors="replace")[-3000:])
-        yield f"{address}/v1"
-    finally:
-        kill_group(process.pid)
-        process.wait()
+    settings = engine_settings(resolve_base("seedling"), load_config(), ENGINE)
+    with running(OpenAIServer(settings, (), "127.0.0.1", free_port(), ("--api-key", KEY))) as address:
+        yield address
 
 
 @pytest.fixture
@@ -398,7 +349,7 @@ def test_a_key_that_is_refused_later_is_the_same_error(far):
 
 def test_another_base_is_refused_with_what_is_served(server, thinking_base):
     lm = LoRALM(str(thinking_base), api_base=server, api_key=KEY, cache=False)
-    with pytest.raises(LMConfigurationError, match=r"serves \['.*base'\], not '.*thinker'.*first argument of LoRALM"):
+    with pytest.raises(LMConfigurationError, match=r"serves \['seedling'\], not '.*thinker'.*first argument of LoRALM"):
         lm("Hello.")
 
 

@@ -7,26 +7,51 @@ count.
 """
 
 import dataclasses
-import itertools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, TypeAlias
 
 import dspy
 
 from dspy_lora import LoRALM
+from dspy_lora.bench.assignments import Answers, Races, ask_all, seconds_of_race
 from dspy_lora.config import load_config
 from dspy_lora.optimizers import LoRAGEPA
 from dspy_lora.optimizers.candidates import Space, with_arms
 from dspy_lora.optimizers.choosing import interval
-from dspy_lora.optimizers.rollouts import Rollouts
-from dspy_lora.optimizers.run_log import RunLog
 from dspy_lora.training.data import read_rows
 
+Step: TypeAlias = tuple[str | type[dspy.Signature], Mapping[str, str]]
+
 _TRAIN, _DEV, _TEST = 80, 60, 200
-_EXHAUSTIBLE = 250  # assignments; of more, not all are tried
+_RACE = 0.4  # LoRAGEPA's adapter_budget
+_SHARE = 0.25  # of the exhaustive search's metric calls, that a race may spend
+_RACES = 20  # of each seed's rows in other orders; they cost no call
+_LABEL = "text -> label"
+
+
+class Steps(dspy.Module):
+    """Predictors side by side; none hears another.
+
+    Args:
+        steps: For each predictor its signature, and which field of a row each of its inputs is.
+    """
+
+    def __init__(self, steps: Mapping[str, Step]) -> None:
+        super().__init__()
+        self.reads = {name: reads for name, (_, reads) in steps.items()}
+        for name, (signature, _) in steps.items():
+            setattr(self, name, dspy.Predict(signature))
+
+    def forward(self, **row: str) -> dspy.Prediction:
+        """Each predictor's one answer, by name."""
+        answers = {}
+        for name, reads in self.reads.items():
+            found = getattr(self, name)(**{field: row[source] for field, source in reads.items()})
+            answers[name] = str(next(iter(found.values())))
+        return dspy.Prediction(answers=answers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,63 +60,33 @@ class Problem:
 
     Attributes:
         name: What the table calls it.
-        program: Makes it.
+        steps: The program's predictors.
         train: To race and reflect on.
         dev: To choose the program on.
         test: For the figures.
     """
 
     name: str
-    program: Callable[[], dspy.Module]
+    steps: Mapping[str, Step]
     train: list[dspy.Example]
     dev: list[dspy.Example]
     test: list[dspy.Example]
 
+    def program(self) -> dspy.Module:
+        """The program as it is."""
+        return Steps(self.steps)
 
-class OneLabel(dspy.Module):
-    """One predictor that is not told the domain."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.label = dspy.Predict("text -> label")
-
-    def forward(self, one: str) -> dspy.Prediction:
-        """One text, one label."""
-        return dspy.Prediction(answers=[self.label(text=one).label])
-
-
-class TwoLabels(dspy.Module):
-    """A case of two texts of different domains: two predictors of equal signatures."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = dspy.Predict("text -> label"), dspy.Predict("text -> label")
-
-    def forward(self, one: str, two: str) -> dspy.Prediction:
-        """Two texts, a label each."""
-        return dspy.Prediction(answers=[self.first(text=one).label, self.second(text=two).label])
-
-
-class ThreeSteps(dspy.Module):
-    """Two texts of different domains, and a rule that the base model follows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = dspy.Predict("text -> label"), dspy.Predict("text -> label")
-        self.third = dspy.Predict(dspy.Signature("text, word -> found: bool", "Does the text mention the word?"))
-
-    def forward(self, one: str, two: str, word: str) -> dspy.Prediction:
-        """Two labels, and whether a word is in the first text."""
-        found = self.third(text=one, word=word).found
-        return dspy.Prediction(answers=[self.first(text=one).label, self.second(text=two).label, str(found)])
+    def parts(self) -> dict[str, dspy.Module]:
+        """Each predictor as a program of its own."""
+        return {name: Steps({name: step}) for name, step in self.steps.items()}
 
 
 def metric(gold: Any, pred: Any, trace: Any = None, pred_name: str | None = None, pred_trace: Any = None) -> Any:
     """Share of right answers; the feedback names the predictor's own right answer."""
-    right = [given.strip() == wanted for given, wanted in zip(pred.answers, gold.wanted, strict=True)]
-    place = {"first": 0, "label": 0, "second": 1, "third": 2}.get(pred_name or "", 0)
+    right = {name: given.strip() == gold.wanted[name] for name, given in pred.answers.items()}
+    place = pred_name or next(iter(right))
     feedback = "Right." if right[place] else f"Wrong. The right answer is {gold.wanted[place]}."
-    return dspy.Prediction(score=sum(right) / len(right), feedback=feedback)
+    return dspy.Prediction(score=sum(right.values()) / len(right), feedback=feedback)
 
 
 def problems(root: Path, seed: int) -> list[Problem]:
@@ -113,25 +108,32 @@ def problems(root: Path, seed: int) -> list[Problem]:
 
     def one(*rows: dict[str, Any]) -> dspy.Example:
         row = Random(str(rows)).choices(rows, (2, 1, 1))[0]
-        return dspy.Example(one=row["text"], wanted=[row["label"]]).with_inputs("one")
+        return dspy.Example(one=row["text"], wanted={"label": row["label"]}).with_inputs("one")
 
     def two(a: dict[str, Any], b: dict[str, Any]) -> dspy.Example:
-        return dspy.Example(one=a["text"], two=b["text"], wanted=[a["label"], b["label"]]).with_inputs("one", "two")
+        wanted = {"first": a["label"], "second": b["label"]}
+        return dspy.Example(one=a["text"], two=b["text"], wanted=wanted).with_inputs("one", "two")
 
     def three(a: dict[str, Any], b: dict[str, Any]) -> dspy.Example:
         words = [word.strip(".,?!") for word in a["text"].split() if word.strip(".,?!").isalpha()] or ["the"]
         chance = Random(a["text"])
         there = chance.random() < 0.5
-        word = chance.choice(words) if there else "giraffe"
-        inputs = {"one": a["text"], "two": b["text"], "word": word}
-        return dspy.Example(**inputs, wanted=[a["label"], b["label"], str(there)]).with_inputs(*inputs)
+        inputs = {"one": a["text"], "two": b["text"], "word": chance.choice(words) if there else "giraffe"}
+        wanted = {"first": a["label"], "second": b["label"], "third": str(there)}
+        return dspy.Example(**inputs, wanted=wanted).with_inputs(*inputs)
 
+    one_label = {"label": (_LABEL, {"text": "one"})}
+    two_labels = {"first": (_LABEL, {"text": "one"}), "second": (_LABEL, {"text": "two"})}
+    rule = dspy.Signature("text, word -> found: bool", "Does the text mention the word?")
     made = {
-        "one predictor, rows of three domains": (OneLabel, examples(one, "customer_service", "legal", "healthcare")),
-        "two predictors": (TwoLabels, examples(two, "customer_service", "manufacturing")),
-        "three predictors, one for the base": (ThreeSteps, examples(three, "real_estate", "financial")),
+        "one predictor, rows of three domains": (one_label, examples(one, "customer_service", "legal", "healthcare")),
+        "two predictors": (two_labels, examples(two, "customer_service", "manufacturing")),
+        "three predictors, one for the base": (
+            two_labels | {"third": (rule, {"text": "one", "word": "word"})},
+            examples(three, "real_estate", "financial"),
+        ),
     }
-    return [Problem(name, program, *parts) for name, (program, parts) in made.items()]
+    return [Problem(name, steps, *parts) for name, (steps, parts) in made.items()]
 
 
 def _optimizer(lm: LoRALM, calls: int, seed: int, threads: int, **kwargs: Any) -> LoRAGEPA:
@@ -139,7 +141,9 @@ def _optimizer(lm: LoRALM, calls: int, seed: int, threads: int, **kwargs: Any) -
     return LoRAGEPA(metric, lm=lm, **given)
 
 
-def methods(problem: Problem, lm: LoRALM, calls: int, seed: int, threads: int) -> dict[str, tuple[dspy.Module, int]]:
+def methods(
+    problem: Problem, lm: LoRALM, calls: int, seed: int, threads: int, answers: Answers
+) -> dict[str, tuple[dspy.Module, int]]:
     """Every method's program and its metric calls."""
     sets = {"trainset": problem.train, "valset": problem.dev}
 
@@ -149,37 +153,24 @@ def methods(problem: Problem, lm: LoRALM, calls: int, seed: int, threads: int) -
 
     asis = problem.program()
     adapters, spent = compiled(asis, optimize_prompts=False)
-    race, race_calls = compiled(asis, round(0.4 * calls) + 2 * len(problem.dev), optimize_prompts=False)
+    race, race_calls = compiled(asis, _race_calls(calls) + 2 * len(problem.dev), optimize_prompts=False)
     then, then_calls = compiled(race, calls - race_calls, select_adapters=False)
-    made = {
+    space = Space(asis, lm, "all")
+    best = space.build(with_arms(space.start, answers.best()))
+    after, after_calls = compiled(best, calls - race_calls, select_adapters=False)
+    return {
         "as it is": (asis, 0),
         "adapters only": (adapters, spent),
         "GEPA only (base)": compiled(asis, select_adapters=False),
         "adapters, then GEPA": (then, race_calls + then_calls),
         "LoRAGEPA": compiled(asis),
+        "every assignment, then GEPA": (after, answers.calls + after_calls),
     }
-    if (best := exhaustive(problem, lm, threads)) is not None:
-        program, tried = best
-        after, after_calls = compiled(program, calls - race_calls, select_adapters=False)
-        made["every assignment, then GEPA"] = (after, tried + after_calls)
-    return made
 
 
-def exhaustive(problem: Problem, lm: LoRALM, threads: int) -> tuple[dspy.Module, int] | None:
-    """The program with the assignment that is best on all training rows, every one tried, and the calls that took.
-
-    None where there are too many.
-    """
-    space = Space(problem.program(), lm, "all")
-    assignments = list(itertools.product(*space.arms.values()))
-    if len(assignments) > _EXHAUSTIBLE:
-        return None
-    rollouts = Rollouts(space, metric, RunLog(None, {}), threads, 0.0)
-    candidates = [with_arms(space.start, dict(zip(space.start, arms, strict=True))) for arms in assignments]
-    means = [
-        statistics.fmean(r.score for r in rollouts.run([(each, row) for row in problem.train])) for each in candidates
-    ]
-    return space.build(candidates[means.index(max(means))]), rollouts.calls
+def _race_calls(calls: int) -> int:
+    """What LoRAGEPA gives its first phase."""
+    return round(_RACE * calls)
 
 
 def score(program: dspy.Module, rows: list[dspy.Example], lm: LoRALM, threads: int) -> float:
@@ -189,21 +180,49 @@ def score(program: dspy.Module, rows: list[dspy.Example], lm: LoRALM, threads: i
         return float(evaluate(program).score) / 100
 
 
+def phase_one(problem: Problem, lm: LoRALM, calls: int, threads: int) -> tuple[float, float]:
+    """Wall time of the race, and of asking every adapter for every row one after another; nothing from a cache."""
+    lm = lm.copy(cache=False)
+    first = ask_all(problem.parts(), problem.train[:1], lm, metric, threads)  # starts the engine, loads the adapters
+    budget = min(_race_calls(calls), int(_SHARE * first.calls * len(problem.train)))
+    # The race comes first: the engine's prefix cache then helps the other side.
+    race = seconds_of_race(problem.program(), problem.train, lm, metric, threads, budget)
+    return race, ask_all(problem.parts(), problem.train, lm, metric, threads).seconds
+
+
 def run(root: Path, calls: int, seeds: int, threads: int) -> None:
-    """Prints the table, program by program."""
+    """Prints, program by program: how the race does against the exhaustive search, phase 1's time, the methods."""
     lm = LoRALM(max_tokens=64)
     for index, name in enumerate(problem.name for problem in problems(root, 0)):
         figures: dict[str, list[float]] = {}
         spent: dict[str, list[int]] = {}
+        races: dict[str, list[Races]] = {}
+        race, alone = phase_one(problems(root, 0)[index], lm, calls, threads)
+        print(f"{name:38} phase 1 {race:.1f} s, the adapters one after another {alone:.1f} s: {alone / race:.1f} times")
         for seed in range(seeds):
             problem = problems(root, seed)[index]
-            for method, (program, cost) in methods(problem, lm, calls, seed, threads).items():
+            answers = ask_all(problem.parts(), problem.train, lm, metric, threads)
+            whole = int(_SHARE * answers.calls)
+            for budget, found in ((f"{_SHARE:.0%}", whole), ("LoRAGEPA's", min(_race_calls(calls), whole))):
+                races.setdefault(budget, []).append(answers.races(found, _RACES))
+            for method, (program, cost) in methods(problem, lm, calls, seed, threads, answers).items():
                 figures.setdefault(method, []).append(score(program, problem.test, lm, threads))
                 spent.setdefault(method, []).append(cost)
-        for method, values in figures.items():
-            low, high = interval(values) if len(values) > 1 else (values[0], values[0])
-            print(
-                f"{name:38} {method:28} {statistics.fmean(values):.3f} [{low:.3f}, {high:.3f}] "
-                f"{statistics.fmean(spent[method]):7.0f} calls",
-                flush=True,
-            )
+        for line in (*_race_lines(races), *_method_lines(figures, spent)):
+            print(f"{name:38} {line}", flush=True)
+
+
+def _race_lines(races: Mapping[str, Sequence[Races]]) -> Iterator[str]:
+    for budget, each in races.items():
+        found, lost, calls = (statistics.fmean(getattr(r, field) for r in each) for field in ("found", "lost", "calls"))
+        yield (
+            f"race, {budget} budget: the exhaustive search's best in {found:.0%} of {sum(r.runs for r in each)} races "
+            f"with {calls:.1%} of its metric calls; {lost:.4f} of score lost"
+        )
+
+
+def _method_lines(figures: Mapping[str, list[float]], spent: Mapping[str, list[int]]) -> Iterator[str]:
+    for method, values in figures.items():
+        low, high = interval(values) if len(values) > 1 else (values[0], values[0])
+        calls = statistics.fmean(spent[method])
+        yield f"{method:28} {statistics.fmean(values):.3f} [{low:.3f}, {high:.3f}] {calls:7.0f} calls"

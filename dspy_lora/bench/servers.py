@@ -4,23 +4,16 @@ import contextlib
 import dataclasses
 import json
 import os
-import socket
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import httpx
-
 from dspy_lora.adapters.registry import Revision
+from dspy_lora.engine.openai_server import OpenAIServer, free_port, running
 from dspy_lora.engine.processes import kill_group
 from dspy_lora.engine.settings import EngineSettings
 from dspy_lora.errors import EngineStartError
-
-_LOG_CHARACTERS = 2000
 
 
 class RawVLLM:
@@ -65,55 +58,32 @@ def raw_vllm(settings: EngineSettings, adapters: list[Revision]) -> Iterator[Raw
     given = dataclasses.asdict(settings) | {
         "adapters": [{"name": adapter.ref, "path": str(adapter.path)} for adapter in adapters]
     }
-    with _child(["-m", "dspy_lora.bench.raw", json.dumps(given)]) as (process, _):
+    with _child(["-m", "dspy_lora.bench.raw", json.dumps(given)]) as process:
         raw = RawVLLM(process)
         raw.answer()
         yield raw
 
 
-@contextlib.contextmanager
-def openai_server(settings: EngineSettings, adapters: list[Revision]) -> Iterator[str]:
-    """Starts vLLM's OpenAI server with an engine's settings and yields its address."""
-    port = _free_port()
-    given = dataclasses.asdict(settings) | {
-        "port": port,
-        "adapters": [f"{adapter.ref}={adapter.path}" for adapter in adapters],
-    }
-    with _child(["-m", "dspy_lora.bench.server", json.dumps(given)]) as (process, log):
-        address = f"http://127.0.0.1:{port}"
-        while process.poll() is None:
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{address}/health").status_code == 200:
-                    break
-            time.sleep(0.5)
-        else:
-            raise EngineStartError(f"vLLM's server did not start:\n{log.read_text()[-_LOG_CHARACTERS:]}")
-        yield f"{address}/v1"
+def openai_server(settings: EngineSettings, adapters: list[Revision]) -> contextlib.AbstractContextManager[str]:
+    """Starts vLLM's OpenAI server with an engine's settings; yields its address."""
+    words = ("--disable-uvicorn-access-log",)
+    return running(OpenAIServer(settings, adapters, "127.0.0.1", free_port(), words))
 
 
 @contextlib.contextmanager
-def _child(arguments: list[str]) -> "Iterator[tuple[subprocess.Popen[str], Path]]":
-    with tempfile.TemporaryDirectory(prefix="dspy-lora-bench-") as folder:
-        log = Path(folder, "log")
-        with log.open("w") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-P", *arguments],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=output,
-                text=True,
-                env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"},
-                start_new_session=True,
-                bufsize=1,
-            )
-        try:
-            yield process, log
-        finally:
-            kill_group(process.pid)
-            process.communicate()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _child(arguments: list[str]) -> "Iterator[subprocess.Popen[str]]":
+    process = subprocess.Popen(
+        [sys.executable, "-P", *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"},
+        start_new_session=True,
+        bufsize=1,
+    )
+    try:
+        yield process
+    finally:
+        kill_group(process.pid)
+        process.communicate()

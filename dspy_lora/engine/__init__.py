@@ -6,7 +6,7 @@ host.py       the child process that owns vLLM's ``AsyncLLM``, the tokenizer, th
 arguments.py  what vLLM is started with · grammar.py  JSON schemas with bounded whitespace · statistics.py  counts
 translate.py  ``dspy.lm15`` requests and responses to and from messages
 remote.py     servers that speak the OpenAI API instead of a child process · routes.py  models chosen by request
-settings.py   what an engine is started with
+settings.py   what an engine is started with · openai_server.py  vLLM's own server, started with the same settings
 failures.py   what to tell a user whose engine did not come up, or died
 processes.py  ending an engine with everything that belongs to it
 parsers.py    vLLM's reasoning and tool parsers · samples.py  n samples of a call · cpu_lora.py  LoRA on the CPU

@@ -128,6 +128,18 @@ class AdaptiveTest:
         room = min(count, self.max_items - len(self.scores))
         return [self.items.names[j] for j in (anchors + rest)[:room]]
 
+    def plan(self) -> list[str]:
+        """The items to ask at once, without an answer in between: as many as are expected to reach the target.
+
+        The expected variance after some items is the mean, over the posterior, of 1 / (1 / variance + information).
+        """
+        order = self.next(len(self._open))
+        at = [self.items.item(name) for name in order]
+        information = 1 / self.standard_error**2 + np.cumsum(self._information[at], axis=0)
+        reached = np.flatnonzero((1 / information) @ self.posterior <= self.target_se**2)
+        enough = int(reached[0]) + 1 if len(reached) else len(order)
+        return order[: max(enough, sum(self._open[j] for j in self._anchors))]
+
     def record(self, item: str, score: float) -> None:
         """Takes a score in, whether or not the item was proposed.
 

@@ -36,6 +36,9 @@ _REGRID = 1.25  # factor by which a spread may leave the guess that the grid was
 # the grid would grow without end. Intervals are then wider than they need be.
 _SMALLEST_DISPERSION = 0.02
 _MOST_ANSWERS = 250
+# Beyond anything the priors allow; a line search that steps further overflows.
+_FARTHEST = 30.0  # logits
+_LOG_SPREADS = (-6.0, 2.5)
 
 
 @dataclass(frozen=True)
@@ -139,16 +142,17 @@ class IRTFit:
         return fit
 
 
-def fit_irt(responses: Responses, model: Literal["auto", "rasch", "2pl"] = "auto") -> IRTFit:
+def fit_irt(responses: Responses, model: Literal["auto", "rasch", "2pl"] = "auto", *, log: bool = True) -> IRTFit:
     """Fits abilities and items.
 
     Args:
         responses: At least two systems; cells may be missing; scores may be graded.
         model: ``"auto"`` takes 2PL from ``FEWEST_FOR_2PL`` systems on, else Rasch. Few systems say little about an
             item, which its standard errors show; they are no less good for the abilities.
+        log: Whether the fit's ``warnings`` are logged too.
 
     Returns:
-        The fit; its ``warnings`` are logged too.
+        The fit.
 
     Raises:
         ConfigError: Another ``model``.
@@ -165,7 +169,7 @@ def fit_irt(responses: Responses, model: Literal["auto", "rasch", "2pl"] = "auto
     n = len(responses.systems)
     sigma_b, sigma_a = likelihood.spreads(parameters)
     warnings = (*_doubts(responses, slopes), *([] if settled else ["the estimates did not settle"]))
-    for warning in warnings:
+    for warning in warnings if log else ():
         logger.warning("%s", warning)
     return IRTFit(
         model="2pl" if slopes else "rasch",
@@ -210,7 +214,9 @@ def _maximum(likelihood: MarginalLikelihood, start: Array) -> tuple[Array, bool]
 
     # The value is a mean over items, so a change of 1e-11 is far below what one more answer would change.
     options = {"maxiter": 500, "ftol": 1e-12, "gtol": 1e-7}
-    result = minimize(likelihood, start, jac=True, method="L-BFGS-B", options=options)
+    n = likelihood.n_systems
+    bounds = [(-_FARTHEST, _FARTHEST)] * n + [_LOG_SPREADS] * (len(start) - n)
+    result = minimize(likelihood, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
     return result.x, bool(result.success)
 
 

@@ -1,0 +1,157 @@
+"""vLLM's own OpenAI server with dspy-lora's engine settings and adapters.
+
+    python -m dspy_lora.engine.openai_server SERVER_JSON
+
+runs ``vllm.entrypoints.openai.api_server`` in its own process, with what ``arguments.py`` sets: on a CPU that is the
+worker of ``cpu_lora.py`` too. ``LoRALM(api_base=...)`` finds the base and the adapters under the names that it asks
+for, and may load later revisions.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import runpy
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from dspy_lora.adapters.registry import Revision
+from dspy_lora.engine.arguments import engine_args
+from dspy_lora.engine.processes import kill_group
+from dspy_lora.engine.settings import EngineSettings
+from dspy_lora.errors import EngineStartError
+
+MODULE = "vllm.entrypoints.openai.api_server"
+
+# Defaults under the engine's settings. Samples are drawn as LoRALM's own engine draws them, not as a model's
+# generation_config.json says; a schema's answer has no blanks between its parts, which may never end otherwise.
+_DEFAULTS: dict[str, Any] = {
+    "generation_config": "vllm",
+    "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
+}
+_ENVIRONMENT = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+_LOG_CHARACTERS = 3000
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenAIServer:
+    """What a server is started with.
+
+    Attributes:
+        settings: The engine's settings.
+        adapters: Adapters that it loads at its start.
+        host: Where it listens.
+        port: Where it listens.
+        words: Further words of its command line; they come last and so before what is set here.
+    """
+
+    settings: EngineSettings
+    adapters: Sequence[Revision]
+    host: str
+    port: int
+    words: Sequence[str] = ()
+
+    @property
+    def command(self) -> list[str]:
+        """The command that starts it."""
+        given = {
+            "settings": dataclasses.asdict(self.settings),
+            "adapters": [{"name": adapter.ref, "path": str(adapter.path)} for adapter in self.adapters],
+            "host": self.host,
+            "port": self.port,
+            "words": list(self.words),
+        }
+        return [sys.executable, "-P", "-m", "dspy_lora.engine.openai_server", json.dumps(given)]
+
+
+def prepare(given: dict[str, Any]) -> list[str]:
+    """Sets what vLLM reads from the environment, unless the user did, and makes its command line.
+
+    Args:
+        given: An ``OpenAIServer`` as its command names it.
+
+    Returns:
+        The words after ``python -m vllm.entrypoints.openai.api_server``.
+
+    Raises:
+        ConfigError: An engine setting that this vLLM does not know.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    base = given["settings"]["base"]
+    words = ["--host", given["host"], "--port", str(given["port"]), "--served-model-name", base["name"]]
+    args = _DEFAULTS | engine_args(given["settings"])
+    if not args["disable_log_stats"]:  # a switch without a --no- form
+        del args["disable_log_stats"]
+    words += _flags(args)
+    if parser := given["settings"]["tool_parser"]:
+        words += ["--enable-auto-tool-choice", "--tool-call-parser", parser]
+    if given["adapters"]:
+        modules = (adapter | {"base_model_name": base["name"]} for adapter in given["adapters"])
+        words += ["--lora-modules", *map(json.dumps, modules)]
+    return [*words, *given["words"]]
+
+
+def _flags(args: dict[str, Any]) -> list[str]:
+    """Arguments of ``vllm.AsyncEngineArgs`` as words of a command line."""
+    words = []
+    for name, value in args.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", value if isinstance(value, str) else json.dumps(value)]
+    return words
+
+
+@contextlib.contextmanager
+def running(server: OpenAIServer) -> Iterator[str]:
+    """Starts a server, yields its address (``http://127.0.0.1:8000/v1``) once it answers, and ends it.
+
+    Raises:
+        EngineStartError: It did not come up; the message ends with its log.
+    """
+    with tempfile.TemporaryDirectory(prefix="dspy-lora-server-") as folder:
+        log = Path(folder, "log")
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                server.command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            )
+        try:
+            address = f"http://{server.host}:{server.port}"
+            while not _answers(address):
+                if process.poll() is not None:
+                    text = log.read_text(errors="replace")[-_LOG_CHARACTERS:]
+                    raise EngineStartError(f"vLLM's server did not start. The end of its log:\n{text}")
+                time.sleep(0.5)
+            yield f"{address}/v1"
+        finally:
+            kill_group(process.pid)
+            process.wait()
+
+
+def _answers(address: str) -> bool:
+    try:
+        return httpx.get(f"{address}/health").status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def free_port() -> int:
+    """A port of loopback on which nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+if __name__ == "__main__":
+    sys.argv = [MODULE, *prepare(json.loads(sys.argv[1]))]
+    runpy.run_module(MODULE, run_name="__main__")

