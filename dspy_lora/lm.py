@@ -23,6 +23,7 @@ from dspy_lora.engine.samples import sampling
 from dspy_lora.engine.settings import engine_settings
 from dspy_lora.engine.translate import VLLM_KNOBS
 from dspy_lora.errors import AdapterError, ChangedAdapterError, ConfigError
+from dspy_lora.training.provider import LoRAProvider
 
 if TYPE_CHECKING:
     from dspy_lora.engine.remote import AsyncRemoteEngine, RemoteEngine
@@ -31,7 +32,9 @@ _MODEL = re.compile(r"lora/(?P<base>.+?)@(?P<revision>[0-9a-f]{12}|main)(?:/(?P<
 _PLAIN_LM = "dspy.clients.lm.LM"
 _ADDRESSES = ("server", "api_base", "base_url", "model_list")
 _SAFE_ENGINE_KEYS = ServingConfig.model_fields.keys() - {"trust_remote_code"}
-_BOUND = ("_binding", "_base", "_registry", "_adapter", "_auto", "model", "_engine_spec", "_async_engine_spec")
+_BOUND = (
+    "_binding", "_base", "_registry", "_adapter", "_auto", "model", "provider", "_engine_spec", "_async_engine_spec",
+)  # fmt: skip
 _REBIND = (
     "domain",
     "model",
@@ -120,13 +123,15 @@ class LoRALM(dspy.LM):
         self._adapter = None if self._auto else self._resolve(domain)
         pair = self._engine_pair(config)
         super().__init__(
-            model=self._model_string(self.ref),
+            model=self.model_string(self.ref),
             temperature=temperature,
             max_tokens=max_tokens,
             engine=pair[0],
             async_engine=pair[1],
             **_with_knobs(kwargs, {}),
         )
+        settings = pair[0].settings if isinstance(pair[0], LocalEngine) else None
+        self.provider = LoRAProvider(self._base, self._registry, settings)
         self._announce()
 
     # -- what it is bound to ---------------------------------------------------------------------------------------
@@ -166,16 +171,15 @@ class LoRALM(dspy.LM):
         folder = self._binding.classifier
         classifier = DomainClassifier.load(folder) if folder else DomainClassifier.packaged()
         found = self._adapters_of(classifier)
-        return AutoRoute(
-            classifier, {None: self._model_string(None)} | {n: self._model_string(r.ref) for n, r in found}
-        )
+        return AutoRoute(classifier, {None: self.model_string(None)} | {n: self.model_string(r.ref) for n, r in found})
 
     def _adapters_of(self, classifier: DomainClassifier) -> list[tuple[str, Revision]]:
         """The adapters of this base that the classifier can choose."""
         mine = [each for each in self._registry.list() if each.base == self._base.revision]
         return [(each.adapter, each) for each in mine if each.adapter in classifier.domains]
 
-    def _model_string(self, ref: str | None) -> str:
+    def model_string(self, ref: str | None) -> str:
+        """The model string of an adapter of this LM's base, or of the base alone."""
         name = f"lora/{self._base.name}@{self._base.revision}"
         return f"{name}/{ref}" if ref else name
 
@@ -201,7 +205,7 @@ class LoRALM(dspy.LM):
             if self._auto:
                 engine.routes[self.model] = self._auto
                 for _, revision in self._adapters_of(self._auto.classifier):
-                    engine.serve(self._model_string(revision.ref), Adapter(revision.ref, str(revision.path)))
+                    engine.serve(self.model_string(revision.ref), Adapter(revision.ref, str(revision.path)))
             elif self._adapter:
                 engine.serve(self.model, Adapter(self._adapter.ref, str(self._adapter.path)))
 
@@ -243,7 +247,10 @@ class LoRALM(dspy.LM):
         self.preload()
 
     def kill(self, launch_kwargs: dict[str, Any] | None = None) -> None:
-        """Ends the engine and frees its memory; the next call of any LM starts it again."""
+        """Ends the engine and frees its memory; the next call of any LM starts it again.
+
+        DSPy's optimizers call this before they train, and on LMs that their callers go on using.
+        """
         self._engine_spec.shutdown()
 
     # -- copies and files ------------------------------------------------------------------------------------------
@@ -258,11 +265,15 @@ class LoRALM(dspy.LM):
         rebind = {key: kwargs.pop(key) for key in _REBIND if key in kwargs}
         copied: LoRALM = super().copy(**_with_knobs(kwargs, self.kwargs))
         if rebind:
-            copied._rebind(**rebind)
+            copied.rebind(**rebind)
         return copied
 
-    def _rebind(self, **changes: Any) -> None:
-        """Binds this (new) object to another adapter, base, registry or engine."""
+    def rebind(self, **changes: Any) -> None:
+        """Binds this object itself to another adapter, base, registry or engine; ``copy`` leaves it as it is.
+
+        Args:
+            **changes: As for the class.
+        """
         if "model" in changes:
             changes.setdefault("domain", None)
         domain = changes.pop("domain", self.ref)

@@ -9,8 +9,8 @@ from dspy.utils.exceptions import AdapterParseError
 
 from dspy_lora import LoRALM, load
 from dspy_lora.auto import AutoRoute, question
-from dspy_lora.detection.classifier import DomainClassifier
 from dspy_lora.demo import QUESTIONS
+from dspy_lora.detection.classifier import DomainClassifier
 from dspy_lora.errors import ChangedAdapterError
 
 CLASSIFIER = DomainClassifier.packaged()

@@ -11,8 +11,8 @@ import pytest
 from dspy.utils import DummyLM
 
 from dspy_lora import route_command
-from dspy_lora.detection.classifier import DomainClassifier
 from dspy_lora.config import DomainSection, load_config
+from dspy_lora.detection.classifier import DomainClassifier
 from dspy_lora.errors import ConfigError, DataError, UnknownAdapterError
 from dspy_lora.router import LoRARouter, Route
 

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import io
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ class Record:
     calibrated: bool = False
 
 
-def write(folder: Path, record: Record, arrays: Mapping[str, NDArray[Any]]) -> None:
+def write(folder: Path, record: Record, arrays: dict[str, Any]) -> None:
     """Writes both files, or neither.
 
     Raises:

@@ -1,8 +1,9 @@
-"""``dspy-lora evaluate``: an adapter against its base on test rows, or many adapters on the rows of one domain."""
+"""``dspy-lora evaluate``: an adapter against its base on test rows, what it kept, or many adapters on one domain."""
 
 import argparse
 import contextlib
 import importlib.metadata
+import json
 import logging
 import os
 import platform
@@ -21,10 +22,14 @@ from dspy_lora.errors import ConfigError, DataError
 from dspy_lora.evaluation.adapter import Evaluation, evaluate_adapter, references, with_perplexity
 from dspy_lora.evaluation.confusion import require_matplotlib
 from dspy_lora.evaluation.cost import Parameters, TrainingCost
+from dspy_lora.evaluation.exam import ANSWER_TOKENS, Exam, TaskSet, domain_sets, take_exam
+from dspy_lora.evaluation.full_copy import find_copy
 from dspy_lora.evaluation.likelihood import likelihoods, require_packages
 from dspy_lora.evaluation.overhead import TURNS
 from dspy_lora.evaluation.report import Report, write_files, write_report
+from dspy_lora.evaluation.retention import ADAPTER, COPY, Retention, compare_systems
 from dspy_lora.evaluation.systems import evaluate_systems
+from dspy_lora.evaluation.text import read_text, text_likelihoods
 from dspy_lora.lm import LoRALM
 from dspy_lora.prepare.split import are_labels
 from dspy_lora.training.data import ChatExample, read_rows, render, sha256
@@ -61,6 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-perplexity", action="store_true", help="do not load the model a second time for it")
     parser.add_argument("--no-picture", action="store_true", help="write no picture of the confusion matrix")
     parser.add_argument("--irt", action="store_true", help="instead: many adapters and the base, on a common scale")
+    parser.add_argument(
+        "--retention", action="store_true", help="instead: what else adapter and full copy can still do"
+    )
+    parser.add_argument(
+        "--full-copy", type=Path, metavar="FOLDER", help="for --retention: a run of `dspy-lora train --full-finetune`"
+    )
+    parser.add_argument("--text", type=Path, metavar="FILE", help="for --retention: plain text, for its perplexity")
     parser.add_argument("--systems", nargs="+", metavar="NAME", help=f"for --irt: adapters, '{BASE}' (default: all)")
 
 
@@ -109,7 +121,10 @@ def run(args: argparse.Namespace) -> int:
         _run_irt(args, config, task, base, folder)
     else:
         with _adapter(args, config, base) as (revision, registry):
-            _run_one(args, task, base, revision, registry, folder)
+            if args.retention:
+                _run_retention(args, config, task, base, revision, registry, folder)
+            else:
+                _run_one(args, task, base, revision, registry, folder)
     print(f"\nWritten: {folder}")
     return 0
 
@@ -123,6 +138,10 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise ConfigError("--systems is for --irt. Add --irt, or leave it out.")
     if args.irt and (args.adapter_path or args.rate is not None or args.run_folder):
         raise ConfigError("--irt compares published adapters: leave --adapter-path, --rate and --run out.")
+    if (args.full_copy or args.text) and not args.retention:
+        raise ConfigError("--full-copy and --text are for --retention. Add --retention, or leave them out.")
+    if args.retention and (args.irt or args.rate is not None):
+        raise ConfigError("--retention measures neither ability nor cost: leave --irt and --rate out.")
     if args.run_folder and args.rate is None:
         raise ConfigError("--run gives the training's GPU-hours: give --rate, the dollars of one, too.")
 
@@ -259,6 +278,40 @@ def _hardware() -> dict[str, Any]:
 
     facts: dict[str, Any] = {"machine": platform.machine(), "cpus": os.cpu_count()}
     return facts | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
+
+
+# -- what was kept -----------------------------------------------------------------------------------------------------
+
+
+def _run_retention(
+    args: argparse.Namespace,
+    config: Config,
+    task: _Task,
+    base: Base,
+    revision: Revision,
+    registry: str | Path | None,
+    folder: Path,
+) -> None:
+    copy = find_copy(args.full_copy, base, revision) if args.full_copy else None
+    text = read_text(args.text) if args.text else None
+    if text is not None:
+        require_packages()
+    others = {} if args.data_root is None else domain_sets(config, args.domain, args.data_root, args.rows)
+    exam = Exam(TaskSet(task.signature, task.rows), others)
+    longest = max(_lengths(base, render(each.signature, each.rows))[0] for each in (exam.own, *others.values()))
+    settings: dict[str, Any] = {"max_tokens": max(longest + _SPARE_TOKENS, ANSWER_TOKENS), "cache": False}
+    lms = {
+        BASE: LoRALM(base.name, registry=registry, **settings),
+        ADAPTER: LoRALM(base.name, domain=revision.ref, registry=registry, **settings),
+    } | ({COPY: LoRALM(copy.name, **settings)} if copy else {})
+    marks = take_exam(exam, lms)
+    likelihoods = text_likelihoods(text, base, revision.path, copy) if text is not None else None
+    systems = {BASE: f"{base.name}@{base.revision}", ADAPTER: str(args.adapter_path or revision.ref)}
+    systems |= {COPY: str(args.full_copy)} if copy else {}
+    report = Retention(task.domain.name, systems, *compare_systems(marks, likelihoods))
+    state = json.dumps(report.to_json(), indent=2, ensure_ascii=False) + "\n"
+    write_files(folder, {"retention.json": state, "retention.md": report.to_markdown()})
+    print(report.to_text())
 
 
 # -- many adapters -----------------------------------------------------------------------------------------------------

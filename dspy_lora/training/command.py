@@ -11,6 +11,7 @@ import pydantic
 
 from dspy_lora.config import Config, DomainConfig, load_config
 from dspy_lora.errors import ConfigError, DataError, DivergedError
+from dspy_lora.training.full import RATE_SHARE
 from dspy_lora.training.publishing import best_run, publish_run, summary
 from dspy_lora.training.run import read_card
 from dspy_lora.training.settings import TrainConfig
@@ -39,6 +40,7 @@ _SWITCHES = {
     "use_rslora": "rsLoRA: scale by alpha / sqrt(r)",
     "use_dora": "DoRA: served only after `dspy-lora merge`",
     "qlora": "QLoRA: hold the frozen base in 4 bit",
+    "full_finetune": f"train a whole copy, at {RATE_SHARE:g} of the domain's learning rate unless one is given",
 }
 _OTHERS = ("dtype", "select_by", "report_to")
 
@@ -121,7 +123,9 @@ def plan(args: argparse.Namespace, config: Config, name: str, value: str | None 
     domain = config.domain(name)
     rows, dev = _files(args, domain)
     given = {key: getattr(args, key) for key in (*_SETTINGS, *_SWITCHES, *_OTHERS)}
-    settings = _configured(config, domain) | {key: value for key, value in given.items() if value is not None}
+    settings = configured(config, domain) | {key: value for key, value in given.items() if value is not None}
+    if settings.get("full_finetune") and given["learning_rate"] is None:
+        settings["learning_rate"] *= RATE_SHARE
     title, folder = name, args.output_dir / name
     if value is not None:
         key = Sweep.parse(args.sweep).key
@@ -151,7 +155,7 @@ def _problem(error: Any) -> str:
     return f"{'.'.join(map(str, error['loc']))} = {error['input']!r}: {error['msg']}"
 
 
-def _configured(config: Config, domain: DomainConfig) -> dict[str, Any]:
+def configured(config: Config, domain: DomainConfig) -> dict[str, Any]:
     """The settings of ``lora_config.yaml`` by their names in TrainConfig."""
     lora = config.lora.model_dump(include={"lora_dropout", "target_modules", "use_rslora", "use_dora"})
     qlora = config.qlora.model_dump(exclude={"enabled"}) | {"qlora": config.qlora.enabled}

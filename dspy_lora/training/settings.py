@@ -25,6 +25,10 @@ class TrainConfig(pydantic.BaseModel):
         base: Base model: a Hugging Face id, a folder, or None for the bundled seedling.
         adapter: DSPy adapter that inference will use; None is ``dspy.ChatAdapter()``.
         demos: Few-shot examples that inference will show too.
+        parent: Folder of the adapter whose weights the run starts from, of the shape that the other settings say; None
+            starts from a fresh LoRA.
+        full_finetune: Whether all weights train instead of an adapter; the model lands in ``output_dir/model``. Give it
+            about a tenth of an adapter's learning rate.
         qlora: Whether the frozen base is held in 4 bit (bitsandbytes); the next three say how, named as in
             ``transformers.BitsAndBytesConfig``.
         epochs: Passes over the rows; counts only where ``max_steps`` is None.
@@ -40,7 +44,8 @@ class TrainConfig(pydantic.BaseModel):
         eval_every: Steps between validations, each with a checkpoint to go on from; None is a tenth of all steps.
         select_by: What the best checkpoint is best at.
         patience: Validations in a row without a lower validation loss after which the run stops; None never stops it.
-        adapter_dtype: Number format of the saved weights; final figures are measured after rounding to it.
+        adapter_dtype: Number format of the saved weights, a whole copy's too; final figures are measured after rounding
+            to it.
         report_to: Trackers, which must be installed, that the trainer reports to beside ``metrics.jsonl``.
         registry: Where to publish the adapter; None does not publish it.
     """
@@ -61,6 +66,8 @@ class TrainConfig(pydantic.BaseModel):
     target_modules: tuple[str, ...] = SEVEN_PROJECTIONS
     use_rslora: bool = True
     use_dora: bool = False
+    parent: Path | None = None
+    full_finetune: bool = False
     qlora: bool = False
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
     bnb_4bit_use_double_quant: bool = True
@@ -96,6 +103,22 @@ class TrainConfig(pydantic.BaseModel):
                 "vLLM serves no DoRA, so use_dora and registry (--publish) do not go together. Train without "
                 f"publishing, then make a plain LoRA or a merged base of {self.output_dir / 'adapter'} with "
                 "`dspy-lora merge`"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _copy_is_whole(self) -> "TrainConfig":
+        others = {
+            "qlora": self.qlora,
+            "use_dora": self.use_dora,
+            "parent": self.parent is not None,
+            "registry (--publish)": self.registry is not None,
+        }
+        if self.full_finetune and any(others.values()):
+            named = ", ".join(name for name, is_set in others.items() if is_set)
+            raise ValueError(
+                f"full_finetune makes a model, not an adapter, and does not go together with {named}. Leave that out "
+                "(--no-qlora, --no-use-dora)"
             )
         return self
 

@@ -1,4 +1,4 @@
-"""Supervised training of one LoRA adapter: TRL's SFTTrainer, PEFT, and the loss on the completion alone."""
+"""Supervised training of one LoRA adapter, or of a whole copy: TRL's SFTTrainer, the loss on the completion alone."""
 
 import math
 from dataclasses import dataclass
@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from dspy_lora.adapters.base import Base, resolve_base
-from dspy_lora.errors import DataError, DivergedError, MissingDependencyError
+from dspy_lora.errors import ConfigError, DataError, DivergedError, MissingDependencyError
 from dspy_lora.training import data
 from dspy_lora.training.checkpoints import Checkpoints, differences, step_of
 from dspy_lora.training.data import Row
 from dspy_lora.training.failures import explained
+from dspy_lora.training.full import MODEL_FOLDER, parameters, save_model
 from dspy_lora.training.loading import kind, load_base, lora_config, require_packages
 from dspy_lora.training.order import row_order
 from dspy_lora.training.picture import draw_losses
@@ -36,13 +37,13 @@ class Rows:
 
 
 def train(config: TrainConfig, resume: bool = False) -> Path:
-    """Trains one adapter.
+    """Trains one adapter; with ``full_finetune`` all weights of a copy of the base.
 
     Writes ``metrics.jsonl`` (losses, learning rate and validations by step), ``loss.png`` (the same, drawn),
     ``run.json`` (settings, data hashes, versions, hardware, wall time, GPU-hours, figures) and ``adapter/`` (a PEFT
-    folder with safetensors weights: those of the best validation). Until it has succeeded, ``checkpoints/`` holds the
-    last checkpoint and the best one. Several runs side by side on one machine want ``OMP_NUM_THREADS=1`` in their
-    environment.
+    folder with safetensors weights: those of the best validation), for a copy ``model/`` (a Hugging Face folder). Until
+    it has succeeded, ``checkpoints/`` holds the last checkpoint and the best one. Several runs side by side on one
+    machine want ``OMP_NUM_THREADS=1`` in their environment.
 
     Args:
         config: The run.
@@ -54,7 +55,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         The run's folder.
 
     Raises:
-        ConfigError: No such base model, or checkpoints that were made with other settings.
+        ConfigError: No such base model, checkpoints that were made with other settings, or a copy to be resumed.
         DataError: Rows that are malformed, too few or too long.
         MissingDependencyError: The ``train`` extra or a tracker is not installed.
         TrainingError: Out of memory, no space on the disk, the loss is no longer a number (DivergedError), or
@@ -70,6 +71,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         if not config.quiet:
             print(f"[{config.name}] {config.output_dir} is finished already", flush=True)
     else:
+        if resume and config.full_finetune:
+            raise ConfigError(f"{config.name}: full fine-tuning cannot be resumed. Start anew, without --resume.")
         start = checkpoints.begin(settings, resume)
         run = Run(config.output_dir, config.name, config.quiet, step_of(start) if start else 0)
         with explained(config.name, run, checkpoints):
@@ -84,7 +87,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
 
 def _is_finished(folder: Path, settings: dict[str, Any]) -> bool:
     """Whether the folder holds a finished run of the same settings (one that is not yet published counts)."""
-    if not ((folder / CARD_FILE).is_file() and (folder / "adapter").is_dir()):
+    result = MODEL_FOLDER if settings["full_finetune"] else "adapter"
+    if not ((folder / CARD_FILE).is_file() and (folder / result).is_dir()):
         return False
     card = read_card(folder)
     before = card["config"] | {"base_revision": card["base"]["revision"], "sha256": card["data"]["sha256"]}
@@ -94,8 +98,12 @@ def _is_finished(folder: Path, settings: dict[str, Any]) -> bool:
 def _run(config: TrainConfig, base: Base, rows: Rows, run: Run, start: Path | None) -> None:
     """Trains, measures, and writes the run's folder."""
     trainer, questions, facts = _prepare(config, base, rows, run)
+    before = exact_match(trainer.model, trainer.processing_class, questions, config.eval_batch_size)
+    if config.parent is not None:
+        trainer.model.load_adapter(str(config.parent), "default", is_trainable=True)
+        run.say(f"starting from the weights of {config.parent}")
     _train(config, trainer, run, start)
-    figures = _finish(config, base, trainer, questions, run)
+    figures = _finish(config, base, trainer, questions, run, before)
     run.close(
         name=config.name,
         base=vars(base),
@@ -172,7 +180,7 @@ def _trainer(
         train_dataset=Dataset.from_list(sets["train"]).select(order),
         eval_dataset=Dataset.from_list(sorted(sets["dev"], key=lambda row: -row["length"])),  # little padding
         processing_class=tokenizer,
-        peft_config=lora_config(config),
+        peft_config=None if config.full_finetune else lora_config(config),
         callbacks=[Watch(run, questions, config.eval_batch_size, config.select_by, config.patience)],
     )
     trainer.remove_callback(PrinterCallback)
@@ -243,13 +251,15 @@ def _arguments(config: TrainConfig, model: Any, rows: int) -> Any:
 
 
 def _describe(config: TrainConfig, trainer: Any, facts: dict[str, Any], run: Run) -> None:
-    """Console lines on the adapter, its trainable share and the rows."""
-    trainable, total = trainer.model.get_nb_trainable_parameters()
-    run.say(
-        f"{kind(config)} r={config.r} alpha={config.lora_alpha} dropout={config.lora_dropout} on "
-        f"{len(config.target_modules)} modules a layer: {trainable:,} of {total:,} parameters train "
-        f"({trainable / total:.2%})"
+    """Console lines on what trains, its share and the rows."""
+    trainable, total = parameters(config, trainer.model)
+    what = (
+        "full fine-tuning"
+        if config.full_finetune
+        else f"{kind(config)} r={config.r} alpha={config.lora_alpha} dropout={config.lora_dropout} on "
+        f"{len(config.target_modules)} modules a layer"
     )
+    run.say(f"{what}: {trainable:,} of {total:,} parameters train ({trainable / total:.2%})")
     run.say(
         f"{facts['train']['rows']} rows, {facts['dev']['rows']} to validate on; {trainer.args.max_steps} steps of "
         f"{config.batch_size} rows, learning rate {config.learning_rate:g}, weight decay {config.weight_decay:g}; "
@@ -280,18 +290,30 @@ def _train(config: TrainConfig, trainer: Any, run: Run, start: Path | None) -> N
         raise DivergedError(f"{config.name}: the loss is no longer a number. Use a smaller learning_rate.")
 
 
-def _finish(config: TrainConfig, base: Base, trainer: Any, questions: Questions, run: Run) -> dict[str, Any]:
-    """Rounds and saves the best weights and measures them, and the base model, on the validation rows."""
+def _finish(
+    config: TrainConfig, base: Base, trainer: Any, questions: Questions, run: Run, before: float
+) -> dict[str, Any]:
+    """Rounds the best weights, saves them and measures them on the validation rows.
+
+    Args:
+        config: The run's settings.
+        base: The base model.
+        trainer: The trainer, at its end.
+        questions: Validation rows.
+        run: The run's book.
+        before: Exact match of the base model on them.
+    """
     import torch
 
     model, tokenizer = trainer.model, trainer.processing_class
     for weight in (weight for weight in model.parameters() if weight.requires_grad):
         weight.data = weight.data.to(getattr(torch, config.adapter_dtype)).to(weight.dtype)
-    save_adapter(model, base, config.output_dir / "adapter", config.adapter_dtype)
+    if not config.full_finetune:
+        save_adapter(model, base, config.output_dir / "adapter", config.adapter_dtype)
     metrics = trainer.evaluate()
-    with model.disable_adapter():
-        before = exact_match(model, tokenizer, questions, config.eval_batch_size)
-    trainable, total = model.get_nb_trainable_parameters()
+    if config.full_finetune:  # after it: the weights leave the format that they were trained and measured in
+        save_model(model, tokenizer, config.output_dir / MODEL_FOLDER, config.adapter_dtype)
+    trainable, total = parameters(config, model)
     run.say(
         f"done in {run.seconds:.0f} s: validation loss {metrics['eval_loss']:.4f}, exact match "
         f"{metrics['eval_exact_match']:.3f} (base model {before:.3f}) on {len(questions.rows)} rows"

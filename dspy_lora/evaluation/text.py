@@ -1,0 +1,108 @@
+"""Log-probability of plain text, window by window, through transformers and PEFT."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dspy_lora.adapters.base import Base
+from dspy_lora.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+
+Array = NDArray[np.float64]
+
+WINDOW = 128  # tokens; the first of each is given, the others are predicted
+_BATCH = 8  # windows
+
+
+@dataclass(frozen=True)
+class TextLikelihoods:
+    """A text in windows of ``WINDOW`` tokens, the last incomplete one left out.
+
+    Attributes:
+        sums: For each system the sum of the log-probabilities of each window's tokens, in nats, (windows,).
+        tokens: Predicted tokens of each window, (windows,).
+    """
+
+    sums: dict[str, Array]
+    tokens: Array
+
+
+def read_text(file: Path) -> str:
+    """Reads a plain text.
+
+    Raises:
+        DataError: It cannot be read, or is not UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise DataError(f"--text {file} cannot be read: {exc}. Give a file of plain text in UTF-8.") from exc
+
+
+def text_likelihoods(text: str, base: Base, adapter: Path, copy: Base | None) -> TextLikelihoods:
+    """Runs base, adapter and copy over a text, on the GPU where there is one (in bfloat16 there, else float32).
+
+    Args:
+        text: The text. No chat template is put around it.
+        base: The base model.
+        adapter: A PEFT folder for it.
+        copy: A fully fine-tuned copy of it; None for none.
+
+    Returns:
+        Sums of ``"base"``, ``"adapter"`` and, where there is one, ``"full copy"``.
+
+    Raises:
+        DataError: The text fills fewer than two windows.
+        MissingDependencyError: PEFT is not installed.
+    """
+    from peft import PeftModel
+
+    from dspy_lora.merging.model import load_model, load_tokenizer
+
+    ids = windows(load_tokenizer(base.path)(text, add_special_tokens=False)["input_ids"])
+    model = PeftModel.from_pretrained(load_model(base.path, _dtype()), adapter).eval()
+    sums = {"adapter": _sums(model, ids)}
+    with model.disable_adapter():
+        sums["base"] = _sums(model, ids)
+    del model
+    if copy is not None:
+        sums["full copy"] = _sums(load_model(copy.path, _dtype()), ids)
+    return TextLikelihoods(sums, np.full(len(ids), WINDOW - 1, dtype=np.float64))
+
+
+def windows(tokens: list[int]) -> "torch.Tensor":
+    """Cuts token ids into windows, (windows, WINDOW).
+
+    Raises:
+        DataError: They fill fewer than two.
+    """
+    import torch
+
+    count = len(tokens) // WINDOW
+    if count < 2:
+        raise DataError(f"the text has {len(tokens):,} tokens. Give at least {2 * WINDOW}; some thousands say more.")
+    return torch.tensor(tokens[: count * WINDOW]).view(count, WINDOW)
+
+
+def _dtype() -> "torch.dtype":
+    import torch
+
+    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def _sums(model: Any, ids: "torch.Tensor") -> Array:
+    """Sum of the log-probabilities of each window's tokens but the first, (windows,)."""
+    import torch
+
+    found = []
+    with torch.inference_mode():
+        for batch in ids.to(model.device).split(_BATCH):
+            logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
+            chosen = logits.log_softmax(-1).gather(2, batch[:, 1:, None])[:, :, 0]
+            found.append(chosen.sum(1).double().cpu())
+    return np.asarray(torch.cat(found).numpy())
