@@ -77,7 +77,8 @@ class DomainPipeline(dspy.Module):
         adapters: The adapter of each domain, as for ``LoRARouter``.
         program: The program as written; it runs where no compiled one is given.
         compiled: The program with its compiled prompts: one for all queries, or one a domain. ``LoRAGEPA``, ``ACE``
-            and DSPy's own optimizers make them. Predictors with LMs of their own keep them.
+            and DSPy's own optimizers make them. Predictors with LMs of their own, as LoRAGEPA's, keep them, and the
+            route decides about the others; ``program.set_lm(None)`` leaves all to the route.
         context: Called with the query and the conversation; a ``ContextAssembler``. Its text becomes the program's
             input ``context_field`` where the program has one, and else the end of each predictor's instruction.
         context_field: The program's input for context.
@@ -179,11 +180,12 @@ class DomainPipeline(dspy.Module):
         run.step("route", route.adapter or "base model", route.reason)
         run.program, choice, reason = self._program(route)
         run.step("prompts", choice, reason)
-        if "adapter" in self.stages:
-            run.lm = self.router.lm_of(route)
-        else:
-            run.lm = self.router.lm_of(Route(None, "caller", "without adapters"))
+        if "adapter" not in self.stages:
             run.route = Route(None, "caller", "the adapter stage is off", route.probability, route.runner_up)
+        run.lm = self.router.lm_of(run.route)
+        if "adapter" not in self.stages and any(each.lm is not None for each in run.program.predictors()):
+            run.program = run.program.deepcopy()
+            run.program.set_lm(run.lm)
         return run
 
     def _program(self, route: Route) -> tuple[dspy.Module, str, str]:

@@ -22,7 +22,6 @@ from dspy_lora.context.sources import Passages
 from dspy_lora.context.tokens import count_tokens_of
 
 TRAINED_ON = 80  # rows of a domain that prompts are evolved on
-CALLS = 250  # metric calls for a domain's prompts
 
 Rows = list[dspy.Example]
 
@@ -53,10 +52,12 @@ class Nearest:
         return [f"A text like {self.rows[best].text!r} is {self.rows[best].label}."]
 
 
-def compiled(program: dspy.Module, train: Rows, lm: LoRALM, seed: int) -> dspy.Module:
+def compiled(program: dspy.Module, train: Rows, lm: LoRALM, calls: int, seed: int) -> dspy.Module:
     """The program with a prompt evolved on the base model."""
-    optimizer = LoRAGEPA(metric, lm=lm, select_adapters=False, max_metric_calls=CALLS, seed=seed)
-    return optimizer.compile(program, trainset=train[: TRAINED_ON // 2], valset=train[TRAINED_ON // 2 : TRAINED_ON])
+    optimizer = LoRAGEPA(metric, lm=lm, select_adapters=False, max_metric_calls=calls, seed=seed)
+    found = optimizer.compile(program, trainset=train[: TRAINED_ON // 2], valset=train[TRAINED_ON // 2 : TRAINED_ON])
+    found.set_lm(None)  # the route decides about the adapter
+    return found
 
 
 def main() -> None:
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--data-root", type=Path, required=True)
     parser.add_argument("--domain", nargs="+", default=["financial", "marketing", "real_estate", "research"])
     parser.add_argument("--rows", type=int, default=60, help="test rows of each domain")
+    parser.add_argument("--metric-calls", type=int, default=250, help="budget of each domain's prompts")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the last seed's figures there")
     args = parser.parse_args()
@@ -80,7 +82,7 @@ def main() -> None:
         pipeline = DomainPipeline(
             args.domain,
             program,
-            compiled={name: compiled(program, rows, lm, seed) for name, rows in train.items()},
+            compiled={name: compiled(program, rows, lm, args.metric_calls, seed) for name, rows in train.items()},
             context=ContextAssembler([nearest], budget=300, count_tokens=count_tokens_of(lm)),
         )
         report = pipeline.evaluate(test, metric, seed=seed)

@@ -6,8 +6,6 @@ predictor's instruction between two marker lines, so the compiled program needs 
 
 import inspect
 import logging
-import threading
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,20 +15,20 @@ from typing import Any, cast
 import dspy
 import pydantic
 from dspy.teleprompt.teleprompt import Teleprompter
-from dspy.utils.exceptions import AdapterParseError
-from dspy_lora.optimizers.ace_roles import Curator, Record, Reflector, RuleCurator, RuleReflector
-from dspy_lora.optimizers.rollouts import Rollout, Rollouts, scored, shown_value
+from dspy_lora.optimizers.ace_learner import Learner
+from dspy_lora.optimizers.ace_online import Online
+from dspy_lora.optimizers.ace_roles import Record
+from dspy_lora.optimizers.rollouts import Rollout, Rollouts
 from dspy_lora.optimizers.run_log import RunLog, digest
 
-from dspy_lora.context.deltas import Delta, Update
-from dspy_lora.context.playbook import Embed, Playbook, with_playbook, without_playbook
-from dspy_lora.context.tokens import CountTokens, count_tokens_of, estimate_tokens
-from dspy_lora.errors import ConfigError, DataError
+from dspy_lora.context.deltas import Delta
+from dspy_lora.context.playbook import Embed, Playbook
+from dspy_lora.context.tokens import CountTokens
+from dspy_lora.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 _DELTAS = pydantic.TypeAdapter(list[Delta])
-_REMEMBERED = 1_024  # answers that feedback may still come for
 
 
 class ACE(Teleprompter):
@@ -151,7 +149,7 @@ class ACE(Teleprompter):
             program.detailed_results = result
         return program
 
-    def online(self, program: dspy.Module, path: str | Path | None = None) -> "Online":
+    def online(self, program: dspy.Module, path: str | Path | None = None) -> Online:
         """A program that learns while it serves.
 
         Args:
@@ -190,114 +188,6 @@ class ACEResult:
     def playbook(self) -> Playbook:
         """The one that the program got."""
         return self.playbooks[self.best_idx]
-
-
-class Learner:
-    """Folds what a program did into a playbook. It belongs to one program, whose predictors it knows by name.
-
-    Args:
-        ace: The settings.
-        program: A copy of it is told playbooks.
-
-    Raises:
-        ConfigError: It has no predictor.
-    """
-
-    def __init__(self, ace: ACE, program: dspy.Module) -> None:
-        self.ace = ace
-        own = vars(program).get("playbook")
-        self.start = ace.playbook or (own if isinstance(own, Playbook) else Playbook())
-        self.program = program.deepcopy()
-        vars(self.program).pop("playbook", None)
-        self.program._compiled = False  # DSPy shows and saves no predictor of a compiled part
-        if not self.program.predictors():
-            raise ConfigError(f"{program!r} has no predictor to tell a playbook; those of compiled parts are frozen")
-        lm = self.program.predictors()[0].lm or dspy.settings.lm
-        self.count = ace.count_tokens or (count_tokens_of(lm) if lm else estimate_tokens)
-        self.tasks = {
-            name: without_playbook(predictor.signature.instructions)
-            for name, predictor in self.program.named_predictors()
-        }
-        with_lm = ace.reflection_lm is not None
-        self.reflector = ace.reflector or (Reflector(ace.rounds) if with_lm else RuleReflector())
-        self.curator = ace.curator or (Curator() if with_lm else RuleCurator())
-
-    def instructions(self, playbook: Playbook) -> dict[str, str]:
-        """Each predictor's instruction with the bullets that are for it."""
-        return {name: with_playbook(task, self._share(playbook, name).prompt()) for name, task in self.tasks.items()}
-
-    def build(self, instructions: Mapping[str, str]) -> dspy.Module:
-        """A copy of the program with other instructions."""
-        program = self.program.deepcopy()
-        for name, predictor in program.named_predictors():
-            predictor.signature = predictor.signature.with_instructions(instructions[name])
-        return program
-
-    def told(self, playbook: Playbook) -> dspy.Module:
-        """A copy of the program that is told a playbook."""
-        return self.build(self.instructions(playbook))
-
-    def deltas(self, playbook: Playbook, records: Mapping[str, Sequence[Record]], failures: list[str]) -> list[Delta]:
-        """What attempts teach, as operations that the playbook will take.
-
-        Args:
-            playbook: What the program was told; it is not changed.
-            records: Attempts of each predictor.
-            failures: Takes what went wrong.
-        """
-        found: list[Delta] = []
-        for name, attempts in records.items():
-            try:
-                found += self._reflect(playbook, name, attempts) if attempts else []
-            except AdapterParseError as exc:
-                failures.append(f"{name}: a reflection could not be parsed and is left out: {exc}"[:500])
-        refusals = playbook.refusals(found)
-        failures += [reason for reason in refusals if reason]
-        return [delta for delta, reason in zip(found, refusals, strict=True) if reason is None]
-
-    def _reflect(self, playbook: Playbook, name: str, attempts: Sequence[Record]) -> list[Delta]:
-        own = self._share(playbook, name)
-        section = f"{name} / " if len(self.tasks) > 1 else ""
-        left = self.ace.token_budget - self.count(playbook.prompt())
-        with dspy.context(lm=self.ace.reflection_lm or dspy.settings.lm, trace=[]):
-            seen = self.reflector(task=self.tasks[name], playbook=own, section=section, records=attempts)
-            found = self.curator(playbook=own, section=section, insights=seen.insights, tokens_left=left)
-        return [*seen.counts, *found.operations]
-
-    def fold(self, playbook: Playbook, deltas: Sequence[Delta]) -> None:
-        """Carries operations out, merges what says the same, keeps to the budget."""
-        playbook.apply(deltas)
-        if any(not isinstance(delta, Update) or delta.text for delta in deltas):
-            playbook.refine(self.ace.embedder, self.ace.similarity)
-        playbook.trim(self.ace.token_budget, self.count)
-
-    def records(self, example: dspy.Example, rollout: Rollout) -> dict[str, list[Record]]:
-        """The attempts of one row, with its score and, where it is known and wanted, the right answer."""
-        told = self._right_answers(example) if rollout.records else {}
-        return {
-            name: [
-                {**each, "Score": rollout.score, "Feedback": _joined(each["Feedback"], told.get(name))}
-                for each in attempts
-            ]
-            for name, attempts in rollout.records.items()
-        }
-
-    def _right_answers(self, example: dspy.Example) -> dict[str, str]:
-        if not self.ace.ground_truth:
-            return {}
-        known, found = dict(example.labels()), {}
-        for name, predictor in self.program.named_predictors():
-            right = {key: known[key] for key in predictor.signature.output_fields if key in known}
-            if len(right) == 1:
-                found[name] = f"The right answer is {next(iter(right.values()))}."
-            elif right:
-                found[name] = f"It should have been {', '.join(f'{key}={value!r}' for key, value in right.items())}."
-        return found
-
-    def _share(self, playbook: Playbook, name: str) -> Playbook:
-        """The bullets for a predictor: a section ``"summarize / Length"`` is for ``summarize`` alone."""
-        others = {f"{other} /" for other in self.tasks if other != name}
-        return Playbook(bullet for bullet in playbook.bullets if not bullet.section.startswith(tuple(others)))
 
 
 class _Offline:
@@ -386,126 +276,6 @@ class _Offline:
         return _DELTAS.validate_python(known["deltas"])
 
 
-class Online(dspy.Module):
-    """A program that answers with its current playbook and learns from feedback. Any thread may call it.
-
-    An answer under way keeps the playbook that it began with. ``save`` and ``load`` hold program and playbook.
-
-    Args:
-        ace: The settings.
-        program: The program; it is not changed.
-        path: The playbook's file.
-
-    Attributes:
-        playbook: What it has learned.
-        failures: What went wrong while it learned.
-    """
-
-    def __init__(self, ace: ACE, program: dspy.Module, path: Path | None = None) -> None:
-        super().__init__()
-        self.learner, self.path = Learner(ace, program), path
-        self.playbook = Playbook.load(path) if path is not None and path.exists() else self.learner.start.copy()
-        self.program = self.learner.told(self.playbook)
-        self.failures: list[str] = []
-        self._answers: deque[tuple[dspy.Prediction, Rollout]] = deque(maxlen=_REMEMBERED)
-        self._lock = threading.Lock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = super().__getstate__()
-        return {key: value for key, value in state.items() if key != "_lock"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._lock = threading.Lock()
-
-    def load_state(self, state: dict[str, Any], **kwargs: Any) -> None:
-        """As DSPy's; what it learns from now on goes on from there."""
-        super().load_state(state, **kwargs)
-        self.learner = Learner(self.learner.ace, self.program)
-
-    def forward(self, **inputs: Any) -> Any:
-        """Answers with the current playbook."""
-        program, trace = self.program, list[Any]()
-        with dspy.context(trace=trace):
-            prediction = program(**inputs)
-        self._remember(program, prediction, trace)
-        return prediction
-
-    async def aforward(self, **inputs: Any) -> Any:
-        """Answers with the current playbook."""
-        program, trace = self.program, list[Any]()
-        with dspy.context(trace=trace):
-            prediction = await program.acall(**inputs)
-        self._remember(program, prediction, trace)
-        return prediction
-
-    def _remember(self, program: dspy.Module, prediction: Any, trace: list[Any]) -> None:
-        """Keeps what feedback needs, and hands the trace on to whoever traces this call."""
-        if dspy.settings.trace is not None:
-            dspy.settings.trace.extend(trace)
-        names = {id(predictor): name for name, predictor in program.named_predictors()}
-        records: dict[str, list[dict[str, Any]]] = {}
-        for predictor, inputs, outputs in trace:
-            if (name := names.get(id(predictor))) is not None:
-                shown = [{key: shown_value(value) for key, value in part.items()} for part in (inputs, outputs)]
-                records.setdefault(name, []).append({"Inputs": shown[0], "Generated Outputs": shown[1]})
-        self._answers.append((prediction, Rollout(0.0, records=records)))
-
-    def feedback(
-        self, prediction: dspy.Prediction, score: float, feedback: str = "", example: dspy.Example | None = None
-    ) -> None:
-        """Folds in how good an answer was.
-
-        Args:
-            prediction: An answer of this program, one of the last 1,024.
-            score: Its score; 1 and more means right.
-            feedback: What was wrong, or what would have been right.
-            example: The row, where its right answer is known by now.
-
-        Raises:
-            DataError: Not such an answer, or the playbook's file was edited by hand; what was learned is in
-                ``playbook`` then.
-        """
-        answers = [rollout for known, rollout in list(self._answers) if known is prediction]
-        if not answers:
-            raise DataError(f"{str(prediction)[:80]!r} is none of the last {_REMEMBERED} answers of this program.")
-        text = feedback or f"This answer got a score of {score}."
-        judged = {
-            name: [{**each, "Feedback": text} for each in attempts] for name, attempts in answers[-1].records.items()
-        }
-        rollout = Rollout(float(score), records=judged)
-        self._learn(self.learner.records(example or dspy.Example().with_inputs(), rollout))
-
-    def learn(self, example: dspy.Example) -> Any:
-        """Answers a row whose right answer is known, scores it with ACE's metric and folds that in.
-
-        Returns:
-            The answer.
-
-        Raises:
-            ConfigError: ACE has no metric.
-        """
-        ace = self.learner.ace
-        if ace.metric is None:
-            raise ConfigError("this ACE has no metric: give one, or score answers yourself with `feedback`")
-        prediction = self(**example.inputs())
-        try:
-            score, _, feedback = scored(ace.metric(example, prediction, None, None, None))
-        except Exception as exc:  # noqa: BLE001 - one example's metric may fail
-            score, feedback = ace.failure_score, None
-            self.failures.append(f"the metric raised {type(exc).__name__}: {exc}")
-            logger.warning("%s", self.failures[-1])
-        self.feedback(prediction, score, feedback or "", example)
-        return prediction
-
-    def _learn(self, records: Mapping[str, Sequence[Record]]) -> None:
-        with self._lock:
-            self.learner.fold(self.playbook, self.learner.deltas(self.playbook, records, self.failures))
-            self.program = self.learner.told(self.playbook)
-            if self.path is not None:
-                self.playbook.save(self.path)
-
-
 def _of_five(metric: Callable[..., Any]) -> Callable[..., Any]:
     """A metric that takes GEPA's five arguments; one of three gets no trace, which would mean "strict" to it."""
     for count in (5, 3):
@@ -518,8 +288,3 @@ def _of_five(metric: Callable[..., Any]) -> Callable[..., Any]:
         f"metric {metric!r} must take (gold, pred, trace) or (gold, pred, trace, pred_name, pred_trace), not "
         f"{inspect.signature(metric)}"
     )
-
-
-def _joined(feedback: str, right: str | None) -> str:
-    """Feedback that begins with the right answer, where it is known and not said anyway."""
-    return feedback if right is None or right in feedback else f"{right} {feedback}"

@@ -16,7 +16,8 @@ import dspy
 import pytest
 from dspy.clients.engines.dummy_engine import AsyncDummyEngine, DummyEngine
 from dspy.utils import DummyLM
-from dspy_lora.optimizers.ace import ACE, Learner
+from dspy_lora.optimizers.ace import ACE
+from dspy_lora.optimizers.ace_learner import Learner
 from dspy_lora.optimizers.ace_roles import RULES, Curator, Reflector, RuleCurator, RuleReflector
 
 from dspy_lora.context.deltas import Add, Merge, Remove, Update

@@ -24,7 +24,7 @@ FLOORS = {
     "education": 0.45,
     "analytics": 0.60,
     "operations": 0.65,
-    "customer_service": 0.75,
+    "customer_service": 0.68,
     "research": 0.70,
     "specialized": 0.60,
 }

@@ -1,5 +1,6 @@
 """What README and examples/ show runs, in a process of its own as a user would start it."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,14 @@ def test_quickstart_fits_a_screen_and_answers():
     assert "intent='card_arrival'" in out
     assert "city='London'" in out
     assert "clause='governing law'" in out
+
+
+def test_the_pipeline_compares_its_stages(data_root, tmp_path):
+    words = ["--domain", "marketing", "financial", "--rows", "8", "--seeds", "1", "--metric-calls", "60"]
+    run("examples/pipeline.py", "--data-root", str(data_root / "domains"), *words, "--json", str(tmp_path / "f.json"))
+    scores = json.loads((tmp_path / "f.json").read_text())["scores"]
+    assert list(scores) == ["base", "adapter", "prompts", "adapter + prompts", "adapter + prompts + context"]
+    assert sum(scores["adapter"]) >= 8 > sum(scores["base"])
 
 
 def test_the_demo_answers_all_questions_twice():

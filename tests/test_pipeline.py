@@ -164,6 +164,15 @@ def test_stages_are_switched_off(make, stages, answer):
     assert pipeline(query=GARDEN).answer == "garden compiled ctx"  # the pipeline itself is unchanged
 
 
+def test_predictors_with_lms_of_their_own_keep_them_while_adapters_are_in_use(make):
+    own = compiled()
+    own.lm = answering("own")
+    pipeline = make(compiled=own)
+    assert pipeline(query=GARDEN).answer == "own compiled"
+    assert pipeline.with_stages("prompts")(query=GARDEN).answer == "base compiled"
+    assert pipeline(query=GARDEN).answer == "own compiled"
+
+
 def test_async_and_threads(make):
     pipeline = make(compiled={"garden": compiled()}, context=Remembering())
     assert asyncio.run(pipeline.acall(query=GARDEN)).answer == "garden compiled ctx"

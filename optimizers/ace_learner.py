@@ -1,0 +1,130 @@
+"""How ACE folds what a program did into a playbook, offline and online alike."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import dspy
+from dspy.utils.exceptions import AdapterParseError
+from dspy_lora.optimizers.ace_roles import Curator, Record, Reflector, RuleCurator, RuleReflector
+from dspy_lora.optimizers.rollouts import Rollout
+
+from dspy_lora.context.deltas import Delta, Update
+from dspy_lora.context.playbook import Playbook, with_playbook, without_playbook
+from dspy_lora.context.tokens import count_tokens_of, estimate_tokens
+from dspy_lora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dspy_lora.optimizers.ace import ACE
+
+
+class Learner:
+    """Folds what a program did into a playbook. It belongs to one program, whose predictors it knows by name.
+
+    Args:
+        ace: The settings.
+        program: A copy of it is told playbooks.
+
+    Raises:
+        ConfigError: It has no predictor.
+    """
+
+    def __init__(self, ace: "ACE", program: dspy.Module) -> None:
+        self.ace = ace
+        own = vars(program).get("playbook")
+        self.start = ace.playbook or (own if isinstance(own, Playbook) else Playbook())
+        self.program = program.deepcopy()
+        vars(self.program).pop("playbook", None)
+        self.program._compiled = False  # DSPy shows and saves no predictor of a compiled part
+        if not self.program.predictors():
+            raise ConfigError(f"{program!r} has no predictor to tell a playbook; those of compiled parts are frozen")
+        lm = self.program.predictors()[0].lm or dspy.settings.lm
+        self.count = ace.count_tokens or (count_tokens_of(lm) if lm else estimate_tokens)
+        self.tasks = {
+            name: without_playbook(predictor.signature.instructions)
+            for name, predictor in self.program.named_predictors()
+        }
+        with_lm = ace.reflection_lm is not None
+        self.reflector = ace.reflector or (Reflector(ace.rounds) if with_lm else RuleReflector())
+        self.curator = ace.curator or (Curator() if with_lm else RuleCurator())
+
+    def instructions(self, playbook: Playbook) -> dict[str, str]:
+        """Each predictor's instruction with the bullets that are for it."""
+        return {name: with_playbook(task, self._share(playbook, name).prompt()) for name, task in self.tasks.items()}
+
+    def build(self, instructions: Mapping[str, str]) -> dspy.Module:
+        """A copy of the program with other instructions."""
+        program = self.program.deepcopy()
+        for name, predictor in program.named_predictors():
+            predictor.signature = predictor.signature.with_instructions(instructions[name])
+        return program
+
+    def told(self, playbook: Playbook) -> dspy.Module:
+        """A copy of the program that is told a playbook."""
+        return self.build(self.instructions(playbook))
+
+    def deltas(self, playbook: Playbook, records: Mapping[str, Sequence[Record]], failures: list[str]) -> list[Delta]:
+        """What attempts teach, as operations that the playbook will take.
+
+        Args:
+            playbook: What the program was told; it is not changed.
+            records: Attempts of each predictor.
+            failures: Takes what went wrong.
+        """
+        found: list[Delta] = []
+        for name, attempts in records.items():
+            try:
+                found += self._reflect(playbook, name, attempts) if attempts else []
+            except AdapterParseError as exc:
+                failures.append(f"{name}: a reflection could not be parsed and is left out: {exc}"[:500])
+        refusals = playbook.refusals(found)
+        failures += [reason for reason in refusals if reason]
+        return [delta for delta, reason in zip(found, refusals, strict=True) if reason is None]
+
+    def _reflect(self, playbook: Playbook, name: str, attempts: Sequence[Record]) -> list[Delta]:
+        own = self._share(playbook, name)
+        section = f"{name} / " if len(self.tasks) > 1 else ""
+        left = self.ace.token_budget - self.count(playbook.prompt())
+        with dspy.context(lm=self.ace.reflection_lm or dspy.settings.lm, trace=[]):
+            seen = self.reflector(task=self.tasks[name], playbook=own, section=section, records=attempts)
+            found = self.curator(playbook=own, section=section, insights=seen.insights, tokens_left=left)
+        return [*seen.counts, *found.operations]
+
+    def fold(self, playbook: Playbook, deltas: Sequence[Delta]) -> None:
+        """Carries operations out, merges what says the same, keeps to the budget."""
+        playbook.apply(deltas)
+        if any(not isinstance(delta, Update) or delta.text for delta in deltas):
+            playbook.refine(self.ace.embedder, self.ace.similarity)
+        playbook.trim(self.ace.token_budget, self.count)
+
+    def records(self, example: dspy.Example, rollout: Rollout) -> dict[str, list[Record]]:
+        """The attempts of one row, with its score and, where it is known and wanted, the right answer."""
+        told = self._right_answers(example) if rollout.records else {}
+        return {
+            name: [
+                {**each, "Score": rollout.score, "Feedback": _joined(each["Feedback"], told.get(name))}
+                for each in attempts
+            ]
+            for name, attempts in rollout.records.items()
+        }
+
+    def _right_answers(self, example: dspy.Example) -> dict[str, str]:
+        if not self.ace.ground_truth:
+            return {}
+        known, found = dict(example.labels()), {}
+        for name, predictor in self.program.named_predictors():
+            right = {key: known[key] for key in predictor.signature.output_fields if key in known}
+            if len(right) == 1:
+                found[name] = f"The right answer is {next(iter(right.values()))}."
+            elif right:
+                found[name] = f"It should have been {', '.join(f'{key}={value!r}' for key, value in right.items())}."
+        return found
+
+    def _share(self, playbook: Playbook, name: str) -> Playbook:
+        """The bullets for a predictor: a section ``"summarize / Length"`` is for ``summarize`` alone."""
+        others = {f"{other} /" for other in self.tasks if other != name}
+        return Playbook(bullet for bullet in playbook.bullets if not bullet.section.startswith(tuple(others)))
+
+
+def _joined(feedback: str, right: str | None) -> str:
+    """Feedback that begins with the right answer, where it is known and not said anyway."""
+    return feedback if right is None or right in feedback else f"{right} {feedback}"
