@@ -156,6 +156,11 @@ class LoRALM(dspy.LM):
         """Where its adapters are."""
         return self._registry
 
+    @property
+    def asked_registry(self) -> str | None:
+        """The registry as it was given; None is the configured one over the seedling's own."""
+        return self._binding.registry
+
     def _resolve(self, domain: str | None) -> Revision | None:
         if domain is None:
             return None

@@ -2,9 +2,10 @@
 
 import copy
 import inspect
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +18,9 @@ from dspy_lora.errors import ConfigError, near
 from dspy_lora.evaluation.ablation import Ablation, Spent
 from dspy_lora.evaluation.responses import Responses
 from dspy_lora.lm import LoRALM
-from dspy_lora.router import LoRARouter, Route, marked
+from dspy_lora.router import ROUTE, LoRARouter, Route, marked, with_own_lms
+
+logger = logging.getLogger(__name__)
 
 STAGES = ("adapter", "prompts", "context")
 STEPS = "steps"  # the field of a prediction that says what was decided
@@ -116,6 +119,9 @@ class DomainPipeline(dspy.Module):
         for name in self.compiled:
             if name not in self.router.adapters:
                 raise ConfigError(f"compiled prompts for {name!r}, no adapter. {near(name, self.router.adapters)}")
+        for program in (self.compiled_for_all, *self.compiled.values()):
+            if program is not None and (own := with_own_lms(program)):
+                logger.warning("compiled %s have LMs of their own, which no route replaces", ", ".join(own))
         self._context, self._context_field = context, context_field
         self.stages: frozenset[str] = frozenset(self.available)
 
@@ -137,6 +143,27 @@ class DomainPipeline(dspy.Module):
         other = copy.copy(self)
         other.stages = frozenset(stages)
         return other
+
+    def dump_state(self, json_mode: bool = True) -> dict[str, Any]:
+        """The states of the program as written and of the compiled ones, which DSPy itself leaves out."""
+        return {name: program.dump_state(json_mode=json_mode) for name, program in self._programs().items()}
+
+    def load_state(self, state: dict[str, Any], **kwargs: Any) -> None:
+        """Loads what ``dump_state`` gave.
+
+        Raises:
+            ConfigError: It is the state of a pipeline with other compiled programs.
+        """
+        programs = self._programs()
+        saved = state.keys() - {"metadata"}  # DSPy's own
+        if saved != programs.keys():
+            raise ConfigError(f"saved were {sorted(saved)}, and this pipeline has {sorted(programs)}. Make it alike.")
+        for name, program in programs.items():
+            program.load_state(state[name], **kwargs)
+
+    def _programs(self) -> dict[str, dspy.Module]:
+        found = {"program": self.router.program} | {f"compiled[{n!r}]": each for n, each in self.compiled.items()}
+        return found if self.compiled_for_all is None else found | {"compiled": self.compiled_for_all}
 
     # -- running ---------------------------------------------------------------------------------------------------
 
@@ -176,6 +203,7 @@ class DomainPipeline(dspy.Module):
         route = self.router.route(query, inputs)
         run = _Run(began, route)
         run.inputs = self.router.inputs_of(query, inputs)
+        run.history = run.take_history(self.router.program)
         run.query = query or "\n".join(value for value in inputs.values() if isinstance(value, str))
         run.step("route", route.adapter or "base model", route.reason)
         run.program, choice, reason = self._program(route)
@@ -183,9 +211,13 @@ class DomainPipeline(dspy.Module):
         if "adapter" not in self.stages:
             run.route = Route(None, "caller", "the adapter stage is off", route.probability, route.runner_up)
         run.lm = self.router.lm_of(run.route)
-        if "adapter" not in self.stages and any(each.lm is not None for each in run.program.predictors()):
-            run.program = run.program.deepcopy()
-            run.program.set_lm(run.lm)
+        if own := with_own_lms(run.program):
+            if "adapter" in self.stages:
+                run.route = replace(run.route, reason=f"{run.route.reason}; {', '.join(own)} keep LMs of their own")
+            else:
+                run.program = _copied(run.program)
+                for _, predictor in run.program.named_sub_modules(dspy.Predict):
+                    predictor.lm = run.lm
         return run
 
     def _program(self, route: Route) -> tuple[dspy.Module, str, str]:
@@ -216,7 +248,8 @@ class DomainPipeline(dspy.Module):
             metric: As for ``dspy.Evaluate``: a share of one, a bool, or a prediction with a ``score``.
             systems: Stages by a system's name; None takes the base, the adapter, the prompts, both, and both with
                 context, as far as the pipeline has them.
-            num_threads: Calls side by side; the seconds are those under this load.
+            num_threads: Calls side by side; the seconds are those under this load. Nothing is answered from DSPy's
+                cache, except by predictors with LMs of their own.
             seed: Of the resamples.
 
         Raises:
@@ -228,8 +261,11 @@ class DomainPipeline(dspy.Module):
         evaluate = dspy.Evaluate(
             devset=list(devset), num_threads=num_threads, display_progress=False, max_errors=len(devset) + 1
         )
+        uncached = self.router.uncached()
         for name, stages in wanted.items():
-            results[name] = evaluate(self.with_stages(*stages), metric=metric)
+            system = self.with_stages(*stages)
+            system.router = uncached
+            results[name] = evaluate(system, metric=metric)
         spent = {name: _spent(result) for name, result in results.items()}
         return Ablation.of(Responses.from_evaluations(results), spent, seed)
 
@@ -249,15 +285,21 @@ class _Run:
     lm: dspy.BaseLM
     inputs: dict[str, Any]
     query: str
+    history: dspy.History | None = None
 
     def __init__(self, began: float, route: Route) -> None:
         self.route, self.steps = route, list[Step]()
         self._last = began
 
-    @property
-    def history(self) -> dspy.History | None:
-        """The conversation among the inputs."""
-        return next((value for value in self.inputs.values() if isinstance(value, dspy.History)), None)
+    def take_history(self, program: dspy.Module) -> dspy.History | None:
+        """The conversation, out of the inputs, where the program takes none: then it is context."""
+        for name, value in self.inputs.items():
+            if isinstance(value, dspy.History) and not _has_input(program, name):
+                self.inputs = {key: each for key, each in self.inputs.items() if key != name}
+                marks = (ROUTE, STEPS)
+                turns = [{key: each for key, each in turn.items() if key not in marks} for turn in value.messages]
+                return dspy.History(messages=turns)
+        return None
 
     def step(self, stage: str, choice: str, reason: str, tokens: int = 0) -> None:
         """Notes what was done since the last step."""
@@ -290,17 +332,26 @@ class _Run:
 
 
 def _has_input(program: dspy.Module, field: str) -> bool:
-    """Whether a program takes an input: by its ``forward``, or by its first predictor where that takes anything."""
-    if field in inspect.signature(type(program).forward).parameters:
+    """Whether a program takes an input: by its ``forward``, or where that takes anything by its first predictor."""
+    parameters = inspect.signature(type(program).forward).parameters
+    if field in parameters:
         return True
-    predictors = program.predictors()
-    return bool(predictors) and field in predictors[0].signature.input_fields
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    predictors = [each for _, each in program.named_sub_modules(dspy.Predict)]
+    return takes_any and bool(predictors) and field in predictors[0].signature.input_fields
+
+
+def _copied(program: dspy.Module) -> dspy.Module:
+    """A copy without what an optimizer has left on it."""
+    bare = copy.copy(program)
+    vars(bare).pop("detailed_results", None)
+    return bare.deepcopy()
 
 
 def _told(program: dspy.Module, text: str) -> dspy.Module:
     """A copy of a program with a text at the end of each instruction."""
-    copied = program.deepcopy()
-    for predictor in copied.predictors():
+    copied = _copied(program)
+    for _, predictor in copied.named_sub_modules(dspy.Predict):
         instruction = predictor.signature.instructions
         predictor.signature = predictor.signature.with_instructions(f"{instruction}\n\n{text}")
     return copied

@@ -1,5 +1,6 @@
 """LoRARouter: a ``dspy.Module`` that sends each query to the adapter of its domain."""
 
+import copy
 import dataclasses
 import inspect
 import logging
@@ -94,7 +95,7 @@ class LoRARouter(dspy.Module):
             for name, wish in wanted.items()
         }
         self._input_field = input_field or _only_input(self.program)
-        if own := [name for name, predictor in self.program.named_predictors() if predictor.lm is not None]:
+        if own := with_own_lms(self.program):
             logger.warning("%s have LMs of their own, which no adapter replaces", ", ".join(own))
 
     def _ref(self, name: str, wish: str | Path, registry: str | Path | None) -> str:
@@ -108,6 +109,21 @@ class LoRARouter(dspy.Module):
     def adapters(self) -> dict[str, dspy.BaseLM]:
         """The LM of each domain."""
         return dict(self._lms)
+
+    def uncached(self) -> "LoRARouter":
+        """The same router on LMs that answer nothing from DSPy's cache."""
+        other = copy.copy(self)
+        other._base_lm = self._base_lm.copy(cache=False)
+        other._lms = {name: lm.copy(cache=False) for name, lm in self._lms.items()}
+        return other
+
+    def dump_state(self, json_mode: bool = True) -> dict[str, Any]:
+        """The program's state; DSPy itself leaves out a program that is compiled."""
+        return {"program": self.program.dump_state(json_mode=json_mode)}
+
+    def load_state(self, state: dict[str, Any], **kwargs: Any) -> None:
+        """Loads what ``dump_state`` gave."""
+        self.program.load_state(state["program"], **kwargs)
 
     # -- deciding --------------------------------------------------------------------------------------------------
 
@@ -261,6 +277,11 @@ class LoRARouter(dspy.Module):
             return marked(await self.program.acall(**inputs), route)
 
 
+def with_own_lms(program: dspy.Module) -> list[str]:
+    """Names of the predictors that no route reaches."""
+    return [name for name, each in program.named_sub_modules(dspy.Predict) if each.lm is not None]
+
+
 def _by_name(adapters: Mapping[str, Any] | Iterable[str]) -> dict[str, Any]:
     if isinstance(adapters, str):
         raise ConfigError(f"adapters is {adapters!r}. Give a list of names, or a mapping of domains to adapters.")
@@ -299,10 +320,10 @@ def marked(prediction: Any, route: Route) -> dspy.Prediction:
         raise ConfigError(
             f"the program has an output {ROUTE!r}, which is where the router says who answered. Rename it."
         )
-    copy = prediction.copy(**{ROUTE: route})  # the program's own prediction may stand in a trace
-    copy._completions = prediction._completions
-    copy.set_lm_usage(prediction.get_lm_usage())
-    return copy
+    answered = prediction.copy(**{ROUTE: route})  # the program's own prediction may stand in a trace
+    answered._completions = prediction._completions
+    answered.set_lm_usage(prediction.get_lm_usage())
+    return answered
 
 
 def _mark(message: Mapping[str, Any]) -> str | None:

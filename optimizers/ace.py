@@ -17,7 +17,7 @@ import pydantic
 from dspy.teleprompt.teleprompt import Teleprompter
 from dspy_lora.optimizers.ace_learner import Learner
 from dspy_lora.optimizers.ace_online import Online
-from dspy_lora.optimizers.ace_roles import Record
+from dspy_lora.optimizers.ace_roles import Record, RuleReflector
 from dspy_lora.optimizers.rollouts import Rollout, Rollouts
 from dspy_lora.optimizers.run_log import RunLog, digest
 
@@ -212,6 +212,9 @@ class _Offline:
             "reflection_lm": ace.reflection_lm and ace.reflection_lm.model,
             "metric": ace.metric_name,
             "playbook": digest(self.playbook.render()),
+            "roles": [type(role).__qualname__ for role in (self.learner.reflector, self.learner.curator)],
+            "embedder": ace.embedder and repr(ace.similarity),
+            "failure_score": ace.failure_score,
             "ground_truth": ace.ground_truth,
             "token_budget": ace.token_budget,
             "epochs": ace.epochs,
@@ -264,7 +267,7 @@ class _Offline:
 
     def _deltas(self, records: Mapping[str, Sequence[Record]]) -> list[Delta]:
         """From the log where an LM has reflected on the same before; counting is done again, to remember the rows."""
-        if self.ace.reflection_lm is None:
+        if isinstance(self.learner.reflector, RuleReflector):
             return self.learner.deltas(self.playbook, records, self.result.failures)
         key = digest("deltas", self.playbook.render(), records)
         if (known := self.log.get(key)) is None:

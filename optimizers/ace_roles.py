@@ -34,7 +34,7 @@ _MEMORY = 1_000  # rows of a predictor that are remembered
 class Tag(pydantic.BaseModel):
     """What a bullet did in the attempts."""
 
-    id: str
+    id: str = pydantic.Field(min_length=1)
     verdict: Literal["helpful", "harmful", "neutral"]
 
 

@@ -159,7 +159,7 @@ def leaders_information(effects: Sequence[NDArray[np.float64]]) -> NDArray[np.fl
             (adapters, rows). Abilities are taken to add up over predictors.
 
     Returns:
-        Of each row, (rows,), in 1 / logit²; all equal where there is one adapter a predictor.
+        Of each row, (rows,), in 1 / logit²; one predictor or more must have two adapters or more.
     """
     fits = [fit_irt(Responses.from_matrix(table), "rasch", log=False) for table in effects if len(table) > 1]
     gain = sum(float(fit.abilities.max() - fit.abilities.mean()) for fit in fits)

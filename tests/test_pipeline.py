@@ -33,7 +33,7 @@ class Engine(DummyEngine):
     def _complete_messages(self, messages):
         told = "".join(message["content"] for message in messages)
         marks = [name for name, sign in (("compiled", COMPILED), ("ctx", "[1]")) if sign in told]
-        self.owner.answers = {"": {"answer": " ".join([self.domain or "base", *marks])}}
+        self.owner.answers = {"": dict.fromkeys(("reasoning", "answer"), " ".join([self.domain or "base", *marks]))}
         return super()._complete_messages(messages)
 
 
@@ -41,6 +41,7 @@ def answering(domain):
     lm = DummyLM([])
     lm._engine_spec = Engine(lm, domain)
     lm._async_engine_spec = AsyncDummyEngine(lm._engine_spec)
+    lm.copy = lambda **kwargs: answering(domain)
     return lm
 
 
@@ -141,12 +142,32 @@ def test_no_context_is_said(make):
     assert found.steps[2].choice == "none"
 
 
-def test_the_conversation_reaches_the_context(make):
-    passages, history = Remembering(), dspy.History(messages=[{"query": GARDEN, "answer": "in March"}])
-    make(dspy.Predict("history: dspy.History, query -> answer"), context=passages)(
-        query="and the tulip?", history=history
-    )
-    assert passages.asked == [("and the tulip?", history)]
+def test_a_conversation_goes_to_the_program_or_else_to_the_context(make):
+    turn = {"query": GARDEN, "answer": "in March", "route": None, "steps": []}
+    history, passages = dspy.History(messages=[turn]), Remembering()
+    make(dspy.Predict("history: dspy.History, query -> answer"), context=passages)(query="the tulip?", history=history)
+    make(context=passages)(query="the tulip?", history=history)
+    assert [asked[1] and asked[1].messages for asked in passages.asked] == [
+        None,
+        [{"query": GARDEN, "answer": "in March"}],
+    ]
+
+
+class Retrieving(dspy.Module):
+    """Fills its predictor's context by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.answer = dspy.Predict("context, query -> answer")
+
+    def forward(self, query):
+        return self.answer(context="its own", query=query)
+
+
+def test_a_program_that_brings_its_own_context_is_told_more_in_the_instruction(make):
+    found = make(Retrieving(), context=Remembering())(query=GARDEN)
+    assert found.answer == "garden ctx"
+    assert found.steps[2].choice == "instruction"
 
 
 @pytest.mark.parametrize(
@@ -182,8 +203,12 @@ def test_async_and_threads(make):
 
 
 def test_saved_and_loaded_with_its_prompts(make, tmp_path):
-    make(compiled={"garden": compiled()}).save(tmp_path / "pipeline.json")
-    blank = make(compiled={"garden": dspy.Predict("query -> answer")})
+    program, empty = (dspy.ChainOfThought(signature) for signature in (compiled().signature, "query -> answer"))
+    program._compiled = empty._compiled = True  # of which DSPy itself saves nothing inside another module
+    make(compiled={"garden": program}).save(tmp_path / "pipeline.json")
+    with pytest.raises(ConfigError, match="Make it alike"):
+        make().load(tmp_path / "pipeline.json")
+    blank = make(compiled={"garden": empty})
     blank.load(tmp_path / "pipeline.json")
     assert blank(query=GARDEN).answer == "garden compiled"
 

@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 
 from dspy_lora import LoRALM
 from dspy_lora.adapters.base import SEEDLING_FOLDER
-from dspy_lora.engine import local
+from dspy_lora.engine import client, local
 from dspy_lora.errors import AdapterError, ConfigError, DataError, TrainingError
-from dspy_lora.training import jobs, provider
+from dspy_lora.training import jobs
 from dspy_lora.training.chats import ChatConfig, Verbatim, chat_rows
 from dspy_lora.training.jobs import LoRATrainingJob
 from dspy_lora.training.sft import train
@@ -340,7 +340,7 @@ def test_grpo_gets_its_job_from_a_module_of_its_own(lm, monkeypatch):
 def test_the_engine_steps_aside_where_it_holds_the_memory_that_training_needs(lm, child, monkeypatch, device, closed):
     child("sys.exit(1)")
     calls = []
-    monkeypatch.setattr(provider, "close_engines", lambda: calls.append(1))
+    monkeypatch.setattr(client, "close_engines", lambda: calls.append(1))
     monkeypatch.setattr(lm._engine_spec.client, "info", {"device": device})
     lm.finetune(chats(), CHAT, {}).result()
     assert len(calls) == closed

@@ -136,11 +136,11 @@ PLAIN = "The tide came in over the flat sand, and the boats that had lain on the
 def test_text_has_the_models_own_loss_and_adapter_and_copy_differ(tmp_path):
     import torch
 
-    from dspy_lora.merging.model import load_model, load_tokenizer
+    from dspy_lora.merging.model import load_model
 
     base, adapter = resolve_base("seedling"), AdapterRegistry().resolve("legal")
-    found = text.text_likelihoods(PLAIN, base, adapter.path, base)
-    ids = text.windows(load_tokenizer(base.path)(PLAIN, add_special_tokens=False)["input_ids"])
+    ids = text.text_windows(PLAIN, base)
+    found = text.text_likelihoods(ids, base, adapter.path, base)
     with torch.inference_mode():
         loss = load_model(base.path)(input_ids=ids, labels=ids).loss
     assert -found.sums["base"].sum() / found.tokens.sum() == pytest.approx(float(loss), rel=1e-4)
@@ -193,7 +193,7 @@ def test_a_copy_of_the_same_rows_and_steps_is_found(full_run):
     ("part", "key", "value", "says"),
     [
         ("base", "revision", "0" * 12, "base '000000000000', not"),
-        ("data", "sha256", {"train": "other"}, r"rows \(SHA-256\) 'other', not"),
+        ("data", "sha256", {"train": "other"}, r"rows \(SHA-256\) {'train': 'other'}, not"),
         ("result", "steps", 7, "steps 7, not"),
         ("config", "batch_size", 5, "batch_size 5, not"),
     ],

@@ -287,6 +287,12 @@ def engine_client(settings: EngineSettings) -> EngineClient:
         return _clients[settings]
 
 
+def free_gpu() -> None:
+    """Ends this process's engines where one of them holds a GPU; the next call starts them again."""
+    if any(client.info.get("device", "cpu") != "cpu" for client in list(_clients.values())):
+        close_engines()
+
+
 def close_engines() -> None:
     """Ends every engine of this process; LMs start a new one at their next call."""
     for client in list(_clients.values()):

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ import httpx
 
 from dspy_lora.adapters.registry import Revision
 from dspy_lora.engine.arguments import engine_args
-from dspy_lora.engine.processes import kill_group
+from dspy_lora.engine.processes import kill_group, kill_own_group
 from dspy_lora.engine.settings import EngineSettings
 from dspy_lora.errors import EngineStartError
 
@@ -51,6 +52,7 @@ class OpenAIServer:
         host: Where it listens.
         port: Where it listens.
         words: Further words of its command line; they come last and so before what is set here.
+        ends_with_parent: Whether it ends, with its group, when its standard input does.
     """
 
     settings: EngineSettings
@@ -58,6 +60,7 @@ class OpenAIServer:
     host: str
     port: int
     words: Sequence[str] = ()
+    ends_with_parent: bool = False
 
     @property
     def command(self) -> list[str]:
@@ -68,6 +71,7 @@ class OpenAIServer:
             "host": self.host,
             "port": self.port,
             "words": list(self.words),
+            "ends_with_parent": self.ends_with_parent,
         }
         return [sys.executable, "-P", "-m", "dspy_lora.engine.openai_server", json.dumps(given)]
 
@@ -116,6 +120,8 @@ def _flags(args: dict[str, Any]) -> list[str]:
 def running(server: OpenAIServer) -> Iterator[str]:
     """Starts a server, yields its address (``http://127.0.0.1:8000/v1``) once it answers, and ends it.
 
+    It ends with this process, however that ends.
+
     Raises:
         EngineStartError: It did not come up; the message ends with its log.
     """
@@ -123,12 +129,17 @@ def running(server: OpenAIServer) -> Iterator[str]:
         log = Path(folder, "log")
         with log.open("wb") as output:
             process = subprocess.Popen(
-                server.command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+                dataclasses.replace(server, ends_with_parent=True).command,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
             )
+        deadline = time.monotonic() + server.settings.start_timeout_s
         try:
             address = f"http://{server.host}:{server.port}"
             while not _answers(address):
-                if process.poll() is not None:
+                if process.poll() is not None or time.monotonic() > deadline:
                     text = log.read_text(errors="replace")[-_LOG_CHARACTERS:]
                     raise EngineStartError(f"vLLM's server did not start. The end of its log:\n{text}")
                 time.sleep(0.5)
@@ -136,6 +147,8 @@ def running(server: OpenAIServer) -> Iterator[str]:
         finally:
             kill_group(process.pid)
             process.wait()
+            assert process.stdin is not None
+            process.stdin.close()
 
 
 def _answers(address: str) -> bool:
@@ -152,6 +165,15 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def _watch_input() -> None:
+    """Ends this process and its group when standard input ends: whoever started it is gone."""
+    sys.stdin.read()
+    kill_own_group()
+
+
 if __name__ == "__main__":
-    sys.argv = [MODULE, *prepare(json.loads(sys.argv[1]))]
+    given = json.loads(sys.argv[1])
+    if given["ends_with_parent"]:
+        threading.Thread(target=_watch_input, daemon=True).start()
+    sys.argv = [MODULE, *prepare(given)]
     runpy.run_module(MODULE, run_name="__main__")

@@ -112,17 +112,11 @@ class Ablation:
         return head, [self._row(system, stages) for system in self.systems]
 
     def _row(self, system: System, stages: Sequence[str]) -> list[str]:
-        gain = "" if system.gain is None else _shown(system.gain, "+.3f")
+        gain = "" if system.gain is None else system.gain.shown("+")
         ability = "" if system.ability is None else f"{system.ability:+.2f} ± {system.error:.2f}"
         times = [f"{1000 * system.seconds[stage]:.2f}" if stage in system.seconds else "" for stage in stages]
         tokens = system.tokens.get("answer", 0.0)
-        return [system.name, _shown(system.score, ".3f"), gain, ability, *times, f"{tokens:.0f}"]
-
-
-def _shown(estimate: Estimate, form: str) -> str:
-    if estimate.low is None or estimate.high is None:
-        return f"{estimate.value:{form}}"
-    return f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
+        return [system.name, system.score.shown(), gain, ability, *times, f"{tokens:.0f}"]
 
 
 def _by_stage(spent: Sequence[Spent]) -> tuple[dict[str, float], dict[str, float]]:

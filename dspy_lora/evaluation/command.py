@@ -29,7 +29,7 @@ from dspy_lora.evaluation.overhead import TURNS
 from dspy_lora.evaluation.report import Report, write_files, write_report
 from dspy_lora.evaluation.retention import ADAPTER, COPY, Retention, compare_systems
 from dspy_lora.evaluation.systems import evaluate_systems
-from dspy_lora.evaluation.text import read_text, text_likelihoods
+from dspy_lora.evaluation.text import read_text, text_likelihoods, text_windows
 from dspy_lora.lm import LoRALM
 from dspy_lora.prepare.split import are_labels
 from dspy_lora.training.data import ChatExample, read_rows, render, sha256
@@ -293,9 +293,10 @@ def _run_retention(
     folder: Path,
 ) -> None:
     copy = find_copy(args.full_copy, base, revision) if args.full_copy else None
-    text = read_text(args.text) if args.text else None
-    if text is not None:
+    likelihoods = None
+    if args.text:  # before the exam, which takes long and would be lost
         require_packages()
+        likelihoods = text_likelihoods(text_windows(read_text(args.text), base), base, revision.path, copy)
     others = {} if args.data_root is None else domain_sets(config, args.domain, args.data_root, args.rows)
     exam = Exam(TaskSet(task.signature, task.rows), others)
     longest = max(_lengths(base, render(each.signature, each.rows))[0] for each in (exam.own, *others.values()))
@@ -305,7 +306,6 @@ def _run_retention(
         ADAPTER: LoRALM(base.name, domain=revision.ref, registry=registry, **settings),
     } | ({COPY: LoRALM(copy.name, **settings)} if copy else {})
     marks = take_exam(exam, lms)
-    likelihoods = text_likelihoods(text, base, revision.path, copy) if text is not None else None
     systems = {BASE: f"{base.name}@{base.revision}", ADAPTER: str(args.adapter_path or revision.ref)}
     systems |= {COPY: str(args.full_copy)} if copy else {}
     report = Retention(task.domain.name, systems, *compare_systems(marks, likelihoods))

@@ -51,4 +51,4 @@ def find_copy(run_folder: Path, base: Base, adapter: Revision) -> Base:
 def _training(config: Mapping[str, Any], hashes: Mapping[str, str], result: Mapping[str, Any]) -> dict[str, Any]:
     """What a training saw, as far as its record says."""
     settings = {name: config[name] for name in _SAME if name in config}
-    return settings | {"rows (SHA-256)": hashes["train"], "steps": result["steps"]}
+    return settings | {"rows (SHA-256)": dict(hashes), "steps": result["steps"]}

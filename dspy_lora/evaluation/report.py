@@ -11,7 +11,6 @@ from dspy_lora.evaluation.adapter import Evaluation
 from dspy_lora.evaluation.confusion import Confusion
 from dspy_lora.evaluation.cost import Parameters, TrainingCost
 from dspy_lora.evaluation.overhead import Overhead, Speed, Spread
-from dspy_lora.evaluation.scores import Estimate
 
 JSON, MARKDOWN, PICTURE, ANSWERS = "report.json", "report.md", "confusion.png", "answers.jsonl"
 
@@ -96,7 +95,7 @@ class Report:
         rows = []
         for each in self.evaluation.measures:
             values = (each.adapter, each.base, each.difference)
-            rows.append([each.measure, *map(_estimate, values), f"{each.p_value:.2g}", each.test])
+            rows.append([each.measure, *(value.shown() for value in values), f"{each.p_value:.2g}", each.test])
         return header, rows
 
     def _labels(self) -> tuple[list[str], list[list[str]]]:
@@ -120,17 +119,6 @@ class Report:
         if self.cost:
             hours = f"{self.cost.gpu_hours:.3g} GPU-hours at ${self.cost.rate:g}"
             yield f"training cost: ${self.cost.dollars:.2f} ({hours})"
-
-
-def _estimate(estimate: Estimate) -> str:
-    value = _number(estimate.value)
-    if estimate.low is None or estimate.high is None:
-        return f"{value} [-]"
-    return f"{value} [{_number(estimate.low)}, {_number(estimate.high)}]"
-
-
-def _number(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"
 
 
 def _speeds(overhead: Overhead) -> tuple[list[str], list[list[str]]]:

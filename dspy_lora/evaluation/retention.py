@@ -10,13 +10,12 @@ from numpy.typing import NDArray
 from dspy_lora.evaluation.exam import OTHERS, OWN, RULES, STRUCTURE
 from dspy_lora.evaluation.report import markdown_table, text_table
 from dspy_lora.evaluation.scores import (
-    LEVEL,
     RESAMPLES,
     SWAPS,
     Compared,
-    Estimate,
     compare_exact_match,
     compare_perplexity,
+    estimate,
 )
 from dspy_lora.evaluation.text import TextLikelihoods
 
@@ -85,8 +84,8 @@ class Retention:
 
     def _values(self) -> tuple[list[str], list[list[str]]]:
         first = next(iter(self.measures.values()))
-        rows = [[BASE, *(_cell(next(iter(each.values())).base) for each in self.measures.values())]]
-        rows += [[name, *(_cell(each[name].adapter) for each in self.measures.values())] for name in first]
+        rows = [[BASE, *(next(iter(each.values())).base.shown() for each in self.measures.values())]]
+        rows += [[name, *(each[name].adapter.shown() for each in self.measures.values())] for name in first]
         return ["system", *self.measures], rows
 
     def _changes(self) -> tuple[list[str], list[list[str]]]:
@@ -102,14 +101,8 @@ class Retention:
         )
 
 
-def _cell(estimate: Estimate) -> str:
-    if estimate.low is None or estimate.high is None:
-        return f"{estimate.value:.3f} [-]"
-    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
-
-
 def _change(compared: Compared) -> str:
-    return f"{_cell(compared.difference)} p={compared.p_value:.2g}"
+    return f"{compared.difference.shown()} p={compared.p_value:.2g}"
 
 
 def compare_systems(
@@ -167,14 +160,9 @@ def compare_means(ours: list[Array], theirs: list[Array], seed: int = 0) -> Comp
     reached = int((np.abs(flipped) >= abs(difference) - _EQUAL).sum())
     return Compared(
         f"mean over {len(ours)} sets",
-        _estimate(values[0], drawn[0]),
-        _estimate(values[1], drawn[1]),
-        _estimate(difference, drawn[0] - drawn[1]),
+        estimate(values[0], drawn[0]),
+        estimate(values[1], drawn[1]),
+        estimate(difference, drawn[0] - drawn[1]),
         (reached + 1) / (SWAPS + 1),
         f"randomisation within sets, {SWAPS:,} swaps",
     )
-
-
-def _estimate(value: float, drawn: Array) -> Estimate:
-    low, high = (float(x) for x in np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
-    return Estimate(value, low, high) if np.ptp(drawn) > _EQUAL else Estimate(value, None, None)

@@ -31,6 +31,16 @@ class Estimate:
     low: float | None
     high: float | None
 
+    def shown(self, sign: str = "") -> str:
+        """As text, ``0.750 [0.685, 0.810]``; ``sign`` is ``"+"`` for a difference."""
+        if self.low is None or self.high is None:
+            return f"{_number(self.value, sign)} [-]"
+        return f"{_number(self.value, sign)} [{_number(self.low, sign)}, {_number(self.high, sign)}]"
+
+
+def _number(value: float, sign: str) -> str:
+    return f"{value:{sign}.3f}" if abs(value) < 100 else f"{value:{sign}.4g}"
+
 
 @dataclass(frozen=True)
 class Compared:
@@ -153,7 +163,7 @@ def estimate_mean(scores: Array, seed: int = 0) -> Estimate:
     _check(scores)
     mean = _mean(scores)
     drawn = np.concatenate([mean(weights) for weights in _resamples(len(scores), seed)])
-    return _estimate(float(scores.mean()), drawn)
+    return estimate(float(scores.mean()), drawn)
 
 
 def label_scores(truth: Sequence[str], adapter: Sequence[str], base: Sequence[str]) -> list[LabelScores]:
@@ -189,10 +199,11 @@ def _compare(adapter: Measure, base: Measure, rows: int, seed: int) -> tuple[Est
     ours, theirs = float(adapter(once)[0]), float(base(once)[0])
     drawn = [(adapter(weights), base(weights)) for weights in _resamples(rows, seed)]
     first, second = (np.concatenate(part) for part in zip(*drawn, strict=True))
-    return _estimate(ours, first), _estimate(theirs, second), _estimate(ours - theirs, first - second)
+    return estimate(ours, first), estimate(theirs, second), estimate(ours - theirs, first - second)
 
 
-def _estimate(value: float, drawn: Array) -> Estimate:
+def estimate(value: float, drawn: Array) -> Estimate:
+    """A value with the percentile interval of what resamples gave, (draws,)."""
     low, high = (float(x) for x in np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
     return Estimate(value, low, high) if np.ptp(drawn) > _EQUAL else Estimate(value, None, None)
 

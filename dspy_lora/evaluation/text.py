@@ -44,11 +44,23 @@ def read_text(file: Path) -> str:
         raise DataError(f"--text {file} cannot be read: {exc}. Give a file of plain text in UTF-8.") from exc
 
 
-def text_likelihoods(text: str, base: Base, adapter: Path, copy: Base | None) -> TextLikelihoods:
+def text_windows(text: str, base: Base) -> "torch.Tensor":
+    """Token ids of a text in windows, (windows, WINDOW). No chat template is put around it.
+
+    Raises:
+        DataError: It fills fewer than two.
+        MissingDependencyError: transformers is not installed.
+    """
+    from dspy_lora.merging.model import load_tokenizer
+
+    return windows(load_tokenizer(base.path)(text, add_special_tokens=False)["input_ids"])
+
+
+def text_likelihoods(ids: "torch.Tensor", base: Base, adapter: Path, copy: Base | None) -> TextLikelihoods:
     """Runs base, adapter and copy over a text, on the GPU where there is one (in bfloat16 there, else float32).
 
     Args:
-        text: The text. No chat template is put around it.
+        ids: The text's windows, (windows, WINDOW).
         base: The base model.
         adapter: A PEFT folder for it.
         copy: A fully fine-tuned copy of it; None for none.
@@ -57,14 +69,12 @@ def text_likelihoods(text: str, base: Base, adapter: Path, copy: Base | None) ->
         Sums of ``"base"``, ``"adapter"`` and, where there is one, ``"full copy"``.
 
     Raises:
-        DataError: The text fills fewer than two windows.
         MissingDependencyError: PEFT is not installed.
     """
     from peft import PeftModel
 
-    from dspy_lora.merging.model import load_model, load_tokenizer
+    from dspy_lora.merging.model import load_model
 
-    ids = windows(load_tokenizer(base.path)(text, add_special_tokens=False)["input_ids"])
     model = PeftModel.from_pretrained(load_model(base.path, _dtype()), adapter).eval()
     sums = {"adapter": _sums(model, ids)}
     with model.disable_adapter():

@@ -18,14 +18,14 @@ from dspy_lora.adapters.peft_config import CONFIG_FILE, PeftConfig, read_json
 from dspy_lora.adapters.registry import AdapterRegistry, Revision
 from dspy_lora.adapters.revision import check_name
 from dspy_lora.config import Config, DomainSection, load_config
-from dspy_lora.engine.client import close_engines, engine_client
+from dspy_lora.engine.client import free_gpu
 from dspy_lora.engine.settings import EngineSettings
 from dspy_lora.errors import AdapterError, ConfigError, DataError, near
 from dspy_lora.training import data
 from dspy_lora.training.chats import ChatConfig, chat_rows
 from dspy_lora.training.data import Row
-from dspy_lora.training.jobs import ADAPTER_FOLDER, LoRATrainingJob
-from dspy_lora.training.run import read_card
+from dspy_lora.training.jobs import LoRATrainingJob
+from dspy_lora.training.publishing import publish_run
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,8 @@ class LoRAProvider(Provider):
         lineage["started_from_parent"] = config.parent is not None
         _write_rows(rows, config.output_dir / ROWS_FILE)
         logger.info("%s: training on %d chats of %d predictors", config.name, len(rows), len(lineage["program"]))
-        revision = self._publish(job.train(config, self._step_aside), config.name, lineage)
+        folder = job.train(config, free_gpu)
+        revision = publish_run(folder, self._registry.root, config.name, lineage=lineage)
         return f"{self._model(None)}/{revision.ref}"
 
     def _model(self, ref: str | None) -> str:
@@ -172,18 +173,6 @@ class LoRAProvider(Provider):
                 f"train_kwargs['r'] = {rank}, but the engine of this LM takes ranks up to {most}. Train a smaller one, "
                 "or give LoRALM(engine={'max_lora_rank': ...}) or serving.max_lora_rank in lora_config.yaml."
             )
-
-    def _step_aside(self) -> None:
-        """Ends this process's engines where they hold a GPU, which training needs; the next call starts them again."""
-        if self._engine and engine_client(self._engine).info.get("device", "cpu") != "cpu":
-            close_engines()
-
-    def _publish(self, folder: Path, name: str, lineage: dict[str, Any]) -> Revision:
-        card = read_card(folder)
-        metadata = {key: card[key] for key in ("config", "result", "gpu_hours")}
-        return self._registry.publish(
-            folder / ADAPTER_FOLDER, name, base=Base(**card["base"]), metadata=metadata | {"lineage": lineage}
-        )
 
 
 def _reinforce_job(lm: Any, train_kwargs: dict[str, Any] | None = None) -> Any:

@@ -39,8 +39,14 @@ def save_adapter(model: Any, base: Base, folder: Path, dtype: str) -> None:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def publish_run(folder: Path, registry: Path, name: str) -> "Revision":
+def publish_run(folder: Path, registry: Path, name: str, **more: Any) -> "Revision":
     """Publishes a finished run's adapter with the settings, data hashes and figures of its card.
+
+    Args:
+        folder: The run's.
+        registry: Where to.
+        name: The adapter's name.
+        **more: More to record about the revision.
 
     Raises:
         AdapterError: It cannot be served.
@@ -50,7 +56,7 @@ def publish_run(folder: Path, registry: Path, name: str) -> "Revision":
 
     card = read_card(folder)
     metadata = {"config": card["config"], "data": card["data"]["sha256"], "result": card["result"]}
-    metadata["gpu_hours"] = card["gpu_hours"]
+    metadata |= {"gpu_hours": card["gpu_hours"], **more}
     return AdapterRegistry(registry).publish(folder / "adapter", name, base=Base(**card["base"]), metadata=metadata)
 
 

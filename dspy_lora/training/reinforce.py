@@ -87,7 +87,7 @@ class LoRAReinforceJob(ReinforceJob):
         """
         self.settings = _settings(self.lm, self.train_kwargs)
         self._name = check_name(self.settings.adapter or _default_name(self.lm.domain))
-        self._home = str(self.lm.registry.root)
+        self._home = self.lm.asked_registry
         self._target, self._parent = self.lm.registry, self.lm.adapter
         root = Path(self.settings.output_dir or get_finetune_directory()).absolute()
         root.mkdir(parents=True, exist_ok=True)
@@ -174,12 +174,13 @@ class LoRAReinforceJob(ReinforceJob):
 
     def terminate(self) -> None:
         """Publishes the last revision to the LM's own registry, binds the LM to it there and ends the trainer."""
-        if self._process is None:
-            return
-        try:
-            self._process.ask("end")
-        finally:
-            self._end("terminated")
+        if self._process is not None:
+            try:
+                self._process.ask("end")
+            except TrainingError as exc:  # it has nothing left to do: the last revision is on the disk
+                logger.warning("%s", exc)
+            finally:
+                self._end("terminated")
         if self._latest is None:
             return
         final = self._target.publish(self._latest.path, self._name, base=self.lm.base, metadata=self._latest.metadata)
@@ -344,6 +345,8 @@ def _settings(lm: "LoRALM", given: dict[str, Any]) -> GRPOSettings:
             "GRPO learns from answers that differ, and this LoRALM is greedy (temperature=0). "
             "Use LoRALM(..., temperature=1.0)."
         )
+    if not lm.kwargs.get("max_tokens"):
+        raise ConfigError("this LoRALM has max_tokens=None, and GRPO must know how long answers may be. Give one.")
     if unknown := sorted(given.keys() - GRPOSettings.model_fields.keys()):
         raise ConfigError(f"train_kwargs: no setting {unknown[0]!r}. {near(unknown[0], GRPOSettings.model_fields)}")
     if lm.adapter is not None and (shape := sorted(given.keys() & _SHAPE)):
