@@ -146,7 +146,7 @@ def test_a_setting_that_leaves_one_token_is_greedy(lm, setting):
 
 def test_a_seed_repeats_an_answer(lm):
     def ask(seed):
-        return lm("Tell me a story.", temperature=1.5, seed=seed, **LONG)
+        return lm("Hello.", temperature=2.0, seed=seed, **LONG)
 
     assert ask(1) == ask(1) != ask(2)
 
@@ -175,7 +175,7 @@ def test_logit_bias_and_allowed_tokens_reach_the_engine(lm):
 def test_logprobs_give_the_chosen_token_and_the_likeliest(lm):
     [answer] = lm("Hello.", logprobs=True, top_logprobs=3, temperature=2.0, seed=1, **LONG)
     content = answer["logprobs"]["content"]
-    assert "".join(entry["token"] for entry in content) == answer["text"]
+    assert "".join(entry["token"] for entry in content).replace("<|im_end|>", "") == answer["text"]
     assert len(content) == 24
     for entry in content:
         top = [other["logprob"] for other in entry["top_logprobs"]]
