@@ -27,7 +27,7 @@ def test_quickstart_fits_a_screen_and_answers():
 
 
 def test_the_pipeline_compares_its_stages(data_root, tmp_path):
-    words = ["--domain", "marketing", "financial", "--rows", "8", "--seeds", "1", "--metric-calls", "60"]
+    words = ["--domain", "marketing", "financial", "--rows", "8", "--seeds", "1", "--metric-calls", "100"]
     run("examples/pipeline.py", "--data-root", str(data_root / "domains"), *words, "--json", str(tmp_path / "f.json"))
     scores = json.loads((tmp_path / "f.json").read_text())["scores"]
     assert list(scores) == ["base", "adapter", "prompts", "adapter + prompts", "adapter + prompts + context"]
