@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import random
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from dspy_lora.config import Config, load_config
 from dspy_lora.detection.classifier import Choice, DomainClassifier
 from dspy_lora.detection.softmax import calibration_error
 from dspy_lora.errors import ConfigError
-from dspy_lora.training.data import read_rows
+from dspy_lora.training.data import Row, read_rows
 
 NONE = "none"
 OTHER_QUERIES = Path("router", "ood_dev.jsonl")  # {"query", "domain"}, from sources that no domain's set uses
@@ -76,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threshold", type=float, help="smallest margin at which an adapter is chosen")
     parser.add_argument("--train", type=Path, metavar="FOLDER", help="train one on the domains' rows, and save it here")
     parser.add_argument("--evaluate", action="store_true", help="measure it on the domains' test rows")
+    parser.add_argument("--answers", type=int, metavar="ROWS", help="with --evaluate: ask so many rows a domain too")
     parser.add_argument("--data-root", type=Path, help="a folder that holds each domain's `data` folder")
     parser.add_argument("--config", type=Path, help="a lora_config.yaml (default: the one in the working directory)")
 
@@ -100,6 +102,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"{choice.domain or NONE}\t{query}\t{choice.reason}")
     if args.evaluate:
         _evaluate(classifier, config, args.data_root, args.threshold)
+        if args.answers:
+            _answers(classifier, config, args)
     return 0
 
 
@@ -119,9 +123,13 @@ def _classifier(args: argparse.Namespace, config: Config) -> DomainClassifier:
 
 
 def _texts(root: Path, data: str, split: str, field: str = "text") -> list[str]:
-    """The texts of a set, which lies under ``domains/`` in the data folder, or in the folder itself."""
+    return [row[field] for row in _rows(root, data, split, (field,))]
+
+
+def _rows(root: Path, data: str, split: str, fields: tuple[str, ...]) -> list[Row]:
+    """The rows of a set, which lies under ``domains/`` in the data folder, or in the folder itself."""
     folder = root / "domains" if (root / "domains").is_dir() else root
-    return [row[field] for row in read_rows(folder / data / f"{split}.jsonl", (field,))]
+    return read_rows(folder / data / f"{split}.jsonl", fields)
 
 
 def _test_texts(classifier: DomainClassifier, config: Config, root: Path) -> dict[str, list[str]]:
@@ -150,6 +158,19 @@ def _evaluate(classifier: DomainClassifier, config: Config, root: Path, threshol
         other = Tally(wanted, classifier.choose_all([row["query"] for row in rows], threshold))
         _table("queries from other sources", other, sorted({want or NONE for want in wanted}))
     _print_bars(classifier, home, [text for found in texts.values() for text in found])
+
+
+def _answers(classifier: DomainClassifier, config: Config, args: argparse.Namespace) -> None:
+    from dspy_lora.route_answers import answers
+
+    rows = {}
+    for name in _test_texts(classifier, config, args.data_root):
+        domain = config.domain(name)
+        found = _rows(args.data_root, str(domain.data), "test", tuple(domain.signature().fields))
+        rows[name] = random.Random(0).sample(found, min(args.answers, len(found)))
+    report = answers(config, rows, classifier, args.threshold)
+    print(f"\nend to end: exact match on {len(report.responses.items)} test rows of {len(rows)} domains, shuffled")
+    print(report.to_text())
 
 
 def _print_other_sets(classifier: DomainClassifier, root: Path, own: set[str | None], threshold: float | None) -> None:
