@@ -108,15 +108,15 @@ class Ablation:
     def _table(self) -> tuple[list[str], list[list[str]]]:
         stages = list(dict.fromkeys(stage for system in self.systems for stage in system.seconds))
         head = ["system", "score [95 %]", "over the first [95 %]", "ability ± s.e."]
-        head += [f"{stage}, ms" for stage in stages] + ["tokens a query"]
+        head += [f"{stage}, ms" for stage in stages] + (["tokens a query"] if stages else [])
         return head, [self._row(system, stages) for system in self.systems]
 
     def _row(self, system: System, stages: Sequence[str]) -> list[str]:
         gain = "" if system.gain is None else system.gain.shown("+")
         ability = "" if system.ability is None else f"{system.ability:+.2f} ± {system.error:.2f}"
         times = [f"{1000 * system.seconds[stage]:.2f}" if stage in system.seconds else "" for stage in stages]
-        tokens = system.tokens.get("answer", 0.0)
-        return [system.name, system.score.shown(), gain, ability, *times, f"{tokens:.0f}"]
+        tokens = [f"{system.tokens.get('answer', 0.0):.0f}"] if stages else []
+        return [system.name, system.score.shown(), gain, ability, *times, *tokens]
 
 
 def _by_stage(spent: Sequence[Spent]) -> tuple[dict[str, float], dict[str, float]]:
