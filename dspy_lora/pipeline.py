@@ -82,7 +82,8 @@ class DomainPipeline(dspy.Module):
         compiled: The program with its compiled prompts: one for all queries, or one a domain. ``LoRAGEPA``, ``ACE``
             and DSPy's own optimizers make them. Predictors with LMs of their own, as LoRAGEPA's, keep them, and the
             route decides about the others; ``program.set_lm(None)`` leaves all to the route.
-        context: Called with the query and the conversation; a ``ContextAssembler``. Its text becomes the program's
+        context: Called with the query, and with a conversation that the program has no input for; a
+            ``ContextAssembler``. Its text becomes the program's
             input ``context_field`` where the program has one, and else the end of each predictor's instruction.
         context_field: The program's input for context.
         classifier: As for ``LoRARouter``.
