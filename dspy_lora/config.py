@@ -90,6 +90,8 @@ class TrainingSection(_Section):
     gradient_checkpointing: Switch
     max_steps: Positive
     max_length: Positive
+    neftune_noise_alpha: Annotated[Number, Field(gt=0)] | None
+    patience: Positive | None
     seed: Annotated[Whole, Field(ge=0)]
 
 

@@ -12,9 +12,9 @@ from typing import Any
 _HEADER = "Use these rules:"
 _WORD = re.compile(r"[a-z0-9][a-z0-9'-]+")
 _STOP = frozenset(
-    "the and for with that this from are was were has have had not but you your our they them their its who what when "
-    "where which how why can could will would shall should may might must been being into than then there here all "
-    "any some such only other more most very also just about over under between does did done per via".split()
+    "the and for with that this from are was were has have had not but you your our they them their its can could will "
+    "would shall should may might must been being into than then there here all any some such only other more most "
+    "very also just about over under between does did done per via".split()
 )
 _GOLD = re.compile(
     r"(?:right|correct|expected|true|gold|wanted|reference)[\w ]{0,30}?(?:\bis\b|\bwas\b|:|=)\s*[\"'`]?"

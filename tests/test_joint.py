@@ -105,7 +105,7 @@ def test_the_table_names_every_method_and_both_times(lm, monkeypatch, capsys, tm
     assert "one after another" in out
     assert "the exhaustive search's best in" in out
     for method in ("as it is", "adapters only", "GEPA only (base)", "LoRAGEPA", "every assignment, then GEPA"):
-        assert f"two{' ' * 36}{method}" in out
+        assert f"two{' ' * 39}{method}" in out
 
 
 def test_feedback_is_the_predictor_s_own():

@@ -41,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--joint", type=Path, metavar="DIR", help="instead: LoRAGEPA against its halves, on the domains' rows in DIR"
     )
     parser.add_argument("--metric-calls", type=int, default=800, help="budget of a method (default: %(default)s)")
+    parser.add_argument(
+        "--programs", type=int, nargs="+", choices=[1, 2, 3], default=[1, 2, 3], help="of --joint (default: all three)"
+    )
     parser.add_argument("--seeds", type=int, default=5, help="seeds of --joint (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
 
@@ -56,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
     if args.joint:
         from dspy_lora.bench import joint
 
-        joint.run(args.joint, args.metric_calls, args.seeds, args.threads)
+        places = [number - 1 for number in args.programs]
+        joint.run(args.joint, args.metric_calls, args.seeds, args.threads, places, _engine(args.engine))
         return 0
     bench = Bench(args.base_model, _engine(args.engine), args.calls, args.threads, args.repeats)
     figures: list[Figure] = []

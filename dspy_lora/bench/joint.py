@@ -31,6 +31,10 @@ _SHARE = 0.25  # of the exhaustive search's metric calls, that a race may spend
 _RACES = 20  # of each seed's rows in other orders; they cost no call
 _LABEL = "text -> label"
 
+# A set that no bundled adapter was trained on: what is to be learned about it has to stand in the instruction.
+_UNTRAINED = "legal/overruling"
+_UNTRAINED_TASK = "Say Yes if the sentence overrules an earlier case, else No."
+
 
 class Steps(dspy.Module):
     """Predictors side by side; none hears another.
@@ -97,13 +101,14 @@ def problems(root: Path, seed: int) -> list[Problem]:
         seed: Decides which rows.
     """
 
-    def draw(domain: str, split: str, count: int) -> list[dict[str, Any]]:
-        rows = read_rows(root / str(load_config().domain(domain).data) / f"{split}.jsonl", ["text", "label"])
-        return Random(f"{seed} {domain} {split}").sample(rows, min(count, len(rows)))
+    def draw(source: str, split: str, count: int) -> list[dict[str, Any]]:
+        folder = source if "/" in source else str(load_config().domain(source).data)
+        rows = read_rows(root / folder / f"{split}.jsonl", ["text", "label"])
+        return Random(f"{seed} {source} {split}").sample(rows, min(count, len(rows)))
 
-    def examples(make: Callable[..., dspy.Example], *domains: str) -> list[list[dspy.Example]]:
+    def examples(make: Callable[..., dspy.Example], *sources: str) -> list[list[dspy.Example]]:
         sizes = {"train": _TRAIN, "dev": _DEV, "test": _TEST}
-        parts = [[draw(domain, split, size) for domain in domains] for split, size in sizes.items()]
+        parts = [[draw(source, split, size) for source in sources] for split, size in sizes.items()]
         return [[make(*rows) for rows in zip(*part, strict=False)] for part in parts]
 
     def one(*rows: dict[str, Any]) -> dspy.Example:
@@ -114,23 +119,20 @@ def problems(root: Path, seed: int) -> list[Problem]:
         wanted = {"first": a["label"], "second": b["label"]}
         return dspy.Example(one=a["text"], two=b["text"], wanted=wanted).with_inputs("one", "two")
 
-    def three(a: dict[str, Any], b: dict[str, Any]) -> dspy.Example:
-        words = [word.strip(".,?!") for word in a["text"].split() if word.strip(".,?!").isalpha()] or ["the"]
-        chance = Random(a["text"])
-        there = chance.random() < 0.5
-        inputs = {"one": a["text"], "two": b["text"], "word": chance.choice(words) if there else "giraffe"}
-        wanted = {"first": a["label"], "second": b["label"], "third": str(there)}
+    def three(a: dict[str, Any], b: dict[str, Any], c: dict[str, Any]) -> dspy.Example:
+        inputs = {"one": a["text"], "two": b["text"], "three": c["text"]}
+        wanted = {"first": a["label"], "second": b["label"], "third": c["label"]}
         return dspy.Example(**inputs, wanted=wanted).with_inputs(*inputs)
 
     one_label = {"label": (_LABEL, {"text": "one"})}
     two_labels = {"first": (_LABEL, {"text": "one"}), "second": (_LABEL, {"text": "two"})}
-    rule = dspy.Signature("text, word -> found: bool", "Does the text mention the word?")
+    untrained = dspy.Signature(_LABEL, _UNTRAINED_TASK)
     made = {
         "one predictor, rows of three domains": (one_label, examples(one, "customer_service", "legal", "healthcare")),
         "two predictors": (two_labels, examples(two, "customer_service", "manufacturing")),
-        "three predictors, one for the base": (
-            two_labels | {"third": (rule, {"text": "one", "word": "word"})},
-            examples(three, "real_estate", "financial"),
+        "three predictors, one without an adapter": (
+            two_labels | {"third": (untrained, {"text": "three"})},
+            examples(three, "real_estate", "financial", _UNTRAINED),
         ),
     }
     return [Problem(name, steps, *parts) for name, (steps, parts) in made.items()]
@@ -190,15 +192,33 @@ def phase_one(problem: Problem, lm: LoRALM, calls: int, threads: int) -> tuple[f
     return race, ask_all(problem.parts(), problem.train, lm, metric, threads).seconds
 
 
-def run(root: Path, calls: int, seeds: int, threads: int) -> None:
-    """Prints, program by program: how the race does against the exhaustive search, phase 1's time, the methods."""
-    lm = LoRALM(max_tokens=64)
-    for index, name in enumerate(problem.name for problem in problems(root, 0)):
+def run(
+    root: Path,
+    calls: int,
+    seeds: int,
+    threads: int,
+    places: Sequence[int] | None = None,
+    engine: Mapping[str, Any] | None = None,
+) -> None:
+    """Prints, program by program: how the race does against the exhaustive search, phase 1's time, the methods.
+
+    Args:
+        root: Holds the domains' folders.
+        calls: Budget of metric calls of a method.
+        seeds: How many, from 0.
+        threads: Rows at once.
+        places: Which of the programs, from 0; None takes all.
+        engine: Engine settings, as LoRALM's.
+    """
+    lm = LoRALM(max_tokens=64, engine=engine)
+    names = [problem.name for problem in problems(root, 0)]
+    for index in range(len(names)) if places is None else places:
+        name = names[index]
         figures: dict[str, list[float]] = {}
         spent: dict[str, list[int]] = {}
         races: dict[str, list[Races]] = {}
         race, alone = phase_one(problems(root, 0)[index], lm, calls, threads)
-        print(f"{name:38} phase 1 {race:.1f} s, the adapters one after another {alone:.1f} s: {alone / race:.1f} times")
+        print(f"{name:41} phase 1 {race:.1f} s, the adapters one after another {alone:.1f} s: {alone / race:.1f} times")
         for seed in range(seeds):
             problem = problems(root, seed)[index]
             answers = ask_all(problem.parts(), problem.train, lm, metric, threads)
@@ -208,8 +228,9 @@ def run(root: Path, calls: int, seeds: int, threads: int) -> None:
             for method, (program, cost) in methods(problem, lm, calls, seed, threads, answers).items():
                 figures.setdefault(method, []).append(score(program, problem.test, lm, threads))
                 spent.setdefault(method, []).append(cost)
+                print(f"{name:41} seed {seed}: {method:28} {figures[method][-1]:.3f} {cost:7} calls", flush=True)
         for line in (*_race_lines(races), *_method_lines(figures, spent)):
-            print(f"{name:38} {line}", flush=True)
+            print(f"{name:41} {line}", flush=True)
 
 
 def _race_lines(races: Mapping[str, Sequence[Races]]) -> Iterator[str]:

@@ -106,9 +106,10 @@ class Host:
 
     async def answer(self, id: int, work: Any) -> None:
         """Awaits ``work`` and turns what it raises into a ``Failed`` reply."""
-        from vllm.exceptions import VLLMClientError
+        from vllm import exceptions
         from vllm.v1.engine.exceptions import EngineDeadError
 
+        refused = getattr(exceptions, "VLLMClientError", ValueError)  # which it is before vLLM 0.32
         try:
             await work
         except EngineDeadError:
@@ -117,7 +118,7 @@ class Host:
             await self.send(Failed(id, "context", str(exc)))
         except AdapterError as exc:
             await self.send(Failed(id, "adapter", str(exc)))
-        except (VLLMClientError, ValueError, TypeError) as exc:
+        except (refused, ValueError, TypeError) as exc:
             await self.send(Failed(id, "invalid", str(exc)))
         except Exception as exc:  # noqa: BLE001 - whatever vLLM raises is this caller's answer
             await self.send(Failed(id, "server", f"{type(exc).__name__}: {exc}"))

@@ -32,6 +32,7 @@ _SETTINGS: dict[str, tuple[type, str]] = {
     "max_length": (int, "longest row, in tokens"),
     "eval_every": (int, "steps between validations, each with a checkpoint (default: a tenth of all)"),
     "eval_rows": (int, "validation rows that are answered (default: 200)"),
+    "neftune_noise_alpha": (float, "noise on the embeddings while training (default: none)"),
     "patience": (int, "validations without a lower loss after which a run stops (default: it never does)"),
     "seed": (int, "random seed"),
 }
@@ -160,6 +161,7 @@ def configured(config: Config, domain: DomainConfig) -> dict[str, Any]:
     lora = config.lora.model_dump(include={"lora_dropout", "target_modules", "use_rslora", "use_dora"})
     qlora = config.qlora.model_dump(exclude={"enabled"}) | {"qlora": config.qlora.enabled}
     names = {"optim", "lr_scheduler_type", "warmup_ratio", "gradient_checkpointing", "max_length", "seed"}
+    names |= {"neftune_noise_alpha", "patience"}
     training = config.training
     return (
         lora

@@ -37,6 +37,8 @@ class TrainConfig(pydantic.BaseModel):
             divisor of ``batch_size`` is taken.
         gradient_checkpointing: Whether such a base recomputes activations to save memory.
         warmup_ratio: Share of the steps over which the learning rate rises.
+        neftune_noise_alpha: Size of the uniform noise on the embeddings while training (NEFTune, Jain et al. 2023,
+            arXiv 2310.05914); None adds none.
         dtype: Number format of the base while training; "auto" is bfloat16 on a GPU that has it, else float32. LoRA
             weights are float32 in any case.
         max_length: Longest row in tokens; longer ones are left out and counted. The base's own limit comes first.
@@ -83,6 +85,7 @@ class TrainConfig(pydantic.BaseModel):
     micro_batch_size: int = pydantic.Field(default=8, gt=0)
     gradient_checkpointing: bool = True
     torch_compile: bool = False
+    neftune_noise_alpha: float | None = pydantic.Field(default=None, gt=0)
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     max_length: int = pydantic.Field(default=1024, gt=1)
     seed: int = pydantic.Field(default=0, ge=0)

@@ -230,6 +230,7 @@ def _arguments(config: TrainConfig, model: Any, rows: int) -> Any:
         use_cpu=not cuda,
         gradient_checkpointing=config.gradient_checkpointing and not small,
         torch_compile=config.torch_compile,
+        neftune_noise_alpha=config.neftune_noise_alpha,
         max_length=None,  # rows that are too long are already left out
         dataset_kwargs={"skip_prepare_dataset": True},  # data.tokenize has done it
         train_sampling_strategy="sequential",  # row_order has laid out every step
