@@ -111,6 +111,7 @@ def plain_trl(case: dict[str, Any], rows: dict[str, Any]) -> None:
         gradient_accumulation_steps=BATCH // MICRO, gradient_checkpointing=True, warmup_steps=0.03, bf16=cuda,
         tf32=True if cuda else None, use_cpu=not cuda, optim="adamw_torch_fused" if cuda else "adamw_torch",
         max_length=LENGTH, completion_only_loss=True, report_to="none", save_strategy="no", **RATES,
+        logging_steps=max(1, min(25, case["steps"] // 10)),
     )  # fmt: skip
     SFTTrainer(
         model=model, args=arguments, train_dataset=Dataset.from_list(rows["tokens"]),

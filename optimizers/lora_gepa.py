@@ -300,7 +300,7 @@ class _Run:
             self.log,
             owner.custom_instruction_proposer or _built_in(),
             owner.reflection_lm,
-            alternatives(race.ranking, list(self.space.start)),
+            alternatives([*race.ranking, assignment(self.space.start)], list(self.space.start)),
             self.train,
             self.shares.moves,
             owner.perfect_score,

@@ -5,7 +5,8 @@ is fixed, one arm is wanted, and whole rounds run as one mixed batch. All arms o
 hard row costs every arm alike. Where the product of all predictors' choices is small enough for three rows each it is
 raced whole, because the best single choices need not be the best pair. Else a balanced design comes first: on every row
 each adapter of each predictor takes part once, among random partners (a Latin hypercube), which tells the adapters'
-main effects; from the best of each a coordinate ascent goes on among each predictor's better half.
+main effects; from the best of each a coordinate ascent goes on among each predictor's better half and what it starts
+with, the base model as a rule: where only that gives right answers, few of the screening's rows show it.
 """
 
 import itertools
@@ -170,7 +171,10 @@ class Racer:
         ]
         if self.telling_rows:
             self._ask_telling_first(effects)
-        likely = [arms[: math.ceil(len(arms) * _LIKELY)] for arms in ranked]
+        likely = [
+            list(dict.fromkeys([*arms[: math.ceil(len(arms) * _LIKELY)], start]))
+            for arms, start in zip(ranked, self.start, strict=True)
+        ]
         return self._ascend([arms[0] for arms in ranked], likely)
 
     def _main_effects(self, rows: Sequence[Any], most: int) -> list[NDArray[np.float64]]:

@@ -7,6 +7,7 @@ import pytest
 
 from dspy_lora.adapters.base import Base
 from dspy_lora.config import load_config
+from dspy_lora.engine import arguments
 from dspy_lora.engine.settings import check_engine_args, engine_settings
 from dspy_lora.errors import ConfigError
 
@@ -104,3 +105,13 @@ def test_an_argument_that_vllm_does_not_know_is_refused_with_the_near_ones():
         ConfigError, match=r"engine=\{'max_lora': ...\} is no setting of this vLLM. Did you mean 'max_lo"
     ):
         check_engine_args({"max_lora": 1}, {"max_loras", "max_model_len"})
+
+
+@pytest.mark.parametrize(
+    ("architecture", "avx512", "dtype"),
+    [("x86_64", False, "float32"), ("x86_64", True, None), ("aarch64", False, None)],
+)
+def test_a_processor_that_cannot_compute_in_bfloat16_gets_float32(monkeypatch, architecture, avx512, dtype):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": architecture, "avx512_f": avx512})
+    assert arguments._cpu_args(1.0, "0.32.0").get("dtype") == dtype

@@ -211,6 +211,18 @@ def test_a_folder_without_a_run_and_an_adapter_without_a_record_are_refused(full
             find_copy(folder, base, which)
 
 
+def test_an_adapter_in_the_folder_of_its_run_has_the_record_of_its_training(full_run, tmp_path):
+    known = AdapterRegistry().resolve("legal")
+    run = tmp_path / "run"
+    shutil.copytree(known.path, run / "adapter")
+    card = {"config": known.metadata["config"], "data": {"sha256": known.metadata["data"]}, "gpu_hours": 0.0}
+    (run / "run.json").write_text(json.dumps(card | {"result": known.metadata["result"]}))
+    base = resolve_base("seedling")
+    args = argparse.Namespace(adapter_path=run / "adapter", domain="legal")
+    with command._adapter(args, load_config(), base) as (adapter, _):
+        assert find_copy(full_run, base, adapter).path == str(full_run / "model")
+
+
 # -- the command -------------------------------------------------------------------------------------------------------
 
 

@@ -198,7 +198,7 @@ def run(
     seeds: int,
     threads: int,
     places: Sequence[int] | None = None,
-    engine: Mapping[str, Any] | None = None,
+    engine: dict[str, Any] | None = None,
 ) -> None:
     """Prints, program by program: how the race does against the exhaustive search, phase 1's time, the methods.
 

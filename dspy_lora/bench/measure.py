@@ -28,6 +28,7 @@ _VLLM_DEFAULTS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "one core kept free": ({"VLLM_CPU_NUM_OF_RESERVED_CPU": "1"}, {}),
     "worker in a process of its own": ({"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}, {}),
     "blocks of 128 tokens": ({}, {"block_size": 128}),
+    "the weights' own number format": ({}, {"dtype": "auto"}),
     "vLLM's own LoRA path": ({}, {"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}),
 }
 

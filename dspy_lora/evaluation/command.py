@@ -33,6 +33,7 @@ from dspy_lora.evaluation.text import read_text, text_likelihoods, text_windows
 from dspy_lora.lm import LoRALM
 from dspy_lora.prepare.split import are_labels
 from dspy_lora.training.data import ChatExample, read_rows, render, sha256
+from dspy_lora.training.publishing import record
 from dspy_lora.training.rendering import Row
 from dspy_lora.training.run import read_card
 
@@ -176,8 +177,12 @@ def _adapter(args: argparse.Namespace, config: Config, base: Base) -> Iterator[t
         place = args.registry or config.registry
         yield AdapterRegistry(place).resolve(args.domain), place
         return
+    try:
+        metadata = record(args.adapter_path.parent)
+    except (OSError, ValueError, KeyError):  # the folder does not lie in a finished run
+        metadata = None
     with tempfile.TemporaryDirectory(prefix="dspy-lora-") as place:
-        yield AdapterRegistry(place).publish(args.adapter_path, args.domain, base=base), place
+        yield AdapterRegistry(place).publish(args.adapter_path, args.domain, base=base, metadata=metadata), place
 
 
 def _run_one(

@@ -39,6 +39,13 @@ def save_adapter(model: Any, base: Base, folder: Path, dtype: str) -> None:
         shutil.rmtree(draft, ignore_errors=True)
 
 
+def record(folder: Path) -> dict[str, Any]:
+    """What a revision's metadata say of a finished run: settings, data hashes, figures, GPU-hours."""
+    card = read_card(folder)
+    what = {"config": card["config"], "data": card["data"]["sha256"], "result": card["result"]}
+    return what | {"gpu_hours": card["gpu_hours"]}
+
+
 def publish_run(folder: Path, registry: Path, name: str, **more: Any) -> "Revision":
     """Publishes a finished run's adapter with the settings, data hashes and figures of its card.
 
@@ -54,10 +61,8 @@ def publish_run(folder: Path, registry: Path, name: str, **more: Any) -> "Revisi
     """
     from dspy_lora.adapters.registry import AdapterRegistry
 
-    card = read_card(folder)
-    metadata = {"config": card["config"], "data": card["data"]["sha256"], "result": card["result"]}
-    metadata |= {"gpu_hours": card["gpu_hours"], **more}
-    return AdapterRegistry(registry).publish(folder / "adapter", name, base=Base(**card["base"]), metadata=metadata)
+    base = Base(**read_card(folder)["base"])
+    return AdapterRegistry(registry).publish(folder / "adapter", name, base=base, metadata=record(folder) | more)
 
 
 def summary(cards: Sequence[dict[str, Any]]) -> str:
