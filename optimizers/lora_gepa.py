@@ -14,6 +14,7 @@ from dspy.teleprompt import Teleprompter
 from dspy_lora.optimizers.asking import Bank, IRTEvaluationPolicy
 from dspy_lora.optimizers.candidates import Adapters, Candidate, Space, assignment, with_arms
 from dspy_lora.optimizers.choosing import choose
+from dspy_lora.optimizers.component_selector import MostWrongSelector
 from dspy_lora.optimizers.proposers import RuleProposer
 from dspy_lora.optimizers.racing import Assignment, Race, Racer
 from dspy_lora.optimizers.reflection import Reflection, alternatives, objectives
@@ -57,7 +58,9 @@ class LoRAGEPA(dspy.GEPA, Teleprompter):  # Teleprompter again: MLflow's autolog
         prior: Plausibility of an adapter (``"legal@0123456789ab"`` or ``"none"``) for a predictor by name, such as a
             router's similarity; decides between equals in the race.
         alpha: Level of the tests that choose the program.
-        reflection_lm: Writes instructions; without it, and without ``instruction_proposer``, ``RuleProposer`` does.
+        reflection_lm: Writes instructions; without it, and without ``instruction_proposer``, ``RuleProposer`` does, and
+            rewrites the predictor that errs most most often (``component_selector.py``) unless a ``component_selector``
+            is given.
         gepa_kwargs: As for ``dspy.GEPA``. With ``{"val_evaluation_policy": "irt"}``, or an ``IRTEvaluationPolicy``,
             GEPA asks a new candidate only the validation rows that tell most about it (``asking.py``); the best
             candidates are asked the rest before the choice. With ``{"frontier_type": "objective"}`` (or ``"hybrid"``,
@@ -110,6 +113,8 @@ class LoRAGEPA(dspy.GEPA, Teleprompter):  # Teleprompter again: MLflow's autolog
             gepa_kwargs=_with_policy(gepa_kwargs or {}),
             **kwargs,
         )
+        if self._offline and "component_selector" not in kwargs:
+            self.component_selector = MostWrongSelector(self.custom_instruction_proposer, self.seed or 0)
         self.lm, self.adapters, self.prior, self.alpha = lm, adapters, prior, alpha
         self.adapter_budget, self.race_rows = adapter_budget, race_rows
         self.select_adapters, self.optimize_prompts = select_adapters, optimize_prompts
