@@ -1,11 +1,9 @@
 """Which predictor's instruction GEPA rewrites next."""
 
-from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Any
 
 from dspy_lora.optimizers.proposers import RuleProposer
-from dspy_lora.optimizers.rollouts import Rollout
 from gepa.strategies.component_selector import RoundRobinReflectionComponentSelector
 
 
@@ -28,18 +26,18 @@ class MostWrongSelector:
     def __call__(
         self,
         state: Any,
-        trajectories: Sequence[Rollout],
+        trajectories: list[Any],
         subsample_scores: list[float],
         candidate_idx: int,
-        candidate: Mapping[str, str],
+        candidate: dict[str, str],
     ) -> list[str]:
         """The predictor's name, in a list as GEPA wants it."""
         wrong = [self._wrong(name, trajectories) for name in candidate]
         if not any(wrong):
-            return self._in_turn(state, list(trajectories), subsample_scores, candidate_idx, dict(candidate))
+            return self._in_turn(state, trajectories, subsample_scores, candidate_idx, candidate)
         rng = Random(f"{self.seed} {state.i} {candidate_idx} {wrong} {subsample_scores}")
         return rng.choices(list(candidate), wrong)
 
-    def _wrong(self, name: str, trajectories: Sequence[Rollout]) -> int:
+    def _wrong(self, name: str, trajectories: list[Any]) -> int:
         rows = (self.proposer.row_of(record) for each in trajectories for record in each.records.get(name, []))
         return sum(row is not None and not row.right for row in rows)
