@@ -29,7 +29,7 @@ def _cpu_args(kv_cache_gib: float, version: str) -> dict[str, Any]:
     ``VLLM_ENABLE_V1_MULTIPROCESSING=0`` puts the one worker into the core's process, which saves a process, its memory
     and a hop for each step. Blocks of 32 tokens let the prefix cache keep what calls share (instruction and field
     names) to within 32 tokens; vLLM's own 128 are longer than most instructions. A processor without AVX-512 has no
-    arithmetic for bfloat16, which most weights are stored in: there float32 is about six times as fast.
+    arithmetic for bfloat16, which most weights are stored in: there float32 is several times as fast.
     ``dspy-lora bench --only defaults`` measures them.
 
     Args:
