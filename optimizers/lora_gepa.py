@@ -59,8 +59,8 @@ class LoRAGEPA(dspy.GEPA, Teleprompter):  # Teleprompter again: MLflow's autolog
             router's similarity; decides between equals in the race.
         alpha: Level of the tests that choose the program.
         reflection_lm: Writes instructions; without it, and without ``instruction_proposer``, ``RuleProposer`` does, and
-            rewrites the predictor that errs most most often (``component_selector.py``) unless a ``component_selector``
-            is given.
+            more often the predictors that err more (``component_selector.py``), unless ``component_selector`` is
+            given.
         gepa_kwargs: As for ``dspy.GEPA``. With ``{"val_evaluation_policy": "irt"}``, or an ``IRTEvaluationPolicy``,
             GEPA asks a new candidate only the validation rows that tell most about it (``asking.py``); the best
             candidates are asked the rest before the choice. With ``{"frontier_type": "objective"}`` (or ``"hybrid"``,

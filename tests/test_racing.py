@@ -97,3 +97,13 @@ def test_telling_rows_come_first_after_the_screening():
     assert sorted(racer.rows) == rows
     assert all(row % 2 == 0 or row < 40 for row in racer.rows[:5])
     assert all(row % 2 == 1 for row in racer.rows[-5:])
+
+
+def test_the_base_is_tried_for_a_predictor_that_the_screening_says_nothing_good_of():
+    arms = ["none", *"abcdefghijkl"]
+
+    def score(pairs):  # the rows at the end, which are screened, like every adapter but the base
+        return [sum(arm == "a" for arm in each[:2]) + ((each[2] == "none") != (row >= 60)) for each, row in pairs]
+
+    found = Racer(dict.fromkeys("xyz", arms), ("none",) * 3, range(80), score, 320).run()
+    assert found.ranking[0] == ("a", "a", "none")
