@@ -4,6 +4,7 @@ import json
 import re
 import threading
 from random import Random
+from zlib import crc32
 
 import dspy
 import pytest
@@ -163,20 +164,25 @@ def test_two_predictors_of_equal_signatures_get_an_adapter_each(monkeypatch):
     }
 
 
-def test_equal_adapters_and_a_metric_of_noise_gain_nothing(monkeypatch):
-    world = World(monkeypatch, dict.fromkeys(KNOWS, ()))
+def test_equal_adapters_gain_nothing(monkeypatch):
+    World(monkeypatch, dict.fromkeys(KNOWS, ()))
     compiled = optimizer(optimize_prompts=False).compile(
         dspy.Predict("text -> label"), trainset=rows(40), valset=rows(40, shift=40)
     )
     assert adapters(compiled) == {"self": "none"}
 
-    def noise(gold, pred, trace=None, pred_name=None, pred_trace=None):
-        return float(hash((gold.text, str(pred), len(world.asked) % 7)) % 2)
 
-    compiled = optimizer(metric=noise, optimize_prompts=False).compile(
-        dspy.Predict("text -> label"), trainset=rows(40), valset=rows(40, shift=40)
-    )
-    assert adapters(compiled) == {"self": "none"}
+def test_a_metric_of_noise_gains_no_more_often_than_its_level_allows(world):
+    def compiled(salt):
+        def noise(gold, pred, trace=None, pred_name=None, pred_trace=None):
+            return float(crc32(f"{salt} {gold.text} {pred.label}".encode()) % 2)
+
+        return optimizer(metric=noise, optimize_prompts=False).compile(
+            dspy.Predict("text -> label"), trainset=rows(40), valset=rows(40, shift=40)
+        )
+
+    gains = sum(adapters(compiled(salt)) != {"self": "none"} for salt in range(20))
+    assert gains <= 3  # of 20 at a level of 5 %: more has a chance of 1.6 %
 
 
 def test_reflection_sees_no_validation_row(world):
