@@ -24,7 +24,8 @@ _SOAK_CALLS = 20_000
 _BLOCK = 32  # tokens of a block of the prefix cache; that of a GPU, 16, divides it
 # What vLLM does on a CPU where dspy-lora's engine does not: environment and engine settings.
 _VLLM_DEFAULTS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
-    "OpenMP's threads spin": ({"OMP_WAIT_POLICY": "ACTIVE"}, {}),
+    "OpenMP's threads spin long": ({"GOMP_SPINCOUNT": "300000"}, {}),  # the OpenMP of GCC, where nothing is set
+    "OpenMP's threads sleep at once": ({"GOMP_SPINCOUNT": "0"}, {}),
     "one core kept free": ({"VLLM_CPU_NUM_OF_RESERVED_CPU": "1"}, {}),
     "worker in a process of its own": ({"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}, {}),
     "blocks of 128 tokens": ({}, {"block_size": 128}),

@@ -16,11 +16,13 @@ def set_environment() -> None:
 
     ``VLLM_CPU_NUM_OF_RESERVED_CPU=0`` uses every core; vLLM leaves one idle otherwise.
     ``OMP_WAIT_POLICY=PASSIVE`` lets threads that wait for each other sleep. They spin otherwise, and where anything
-    else wants a core, each waits for one that is not running.
+    else wants a core, each waits for one that is not running. ``GOMP_SPINCOUNT`` has them spin for some microseconds
+    first: the many small products of adapters follow each other faster than a sleeping thread wakes.
     """
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 
 def _cpu_args(kv_cache_gib: float, version: str) -> dict[str, Any]:
