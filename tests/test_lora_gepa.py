@@ -492,6 +492,7 @@ def test_mlflow_s_autolog_finds_its_compile():
     assert optimizer().get_params()["adapter_budget"] == 0.4
 
 
+@pytest.mark.filterwarnings("ignore")  # MLflow's own, and it logs nothing more where one is an error
 def test_mlflow_autolog(world, tmp_path):
     mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")

@@ -703,6 +703,17 @@ def test_trackers_get_the_trainers_reports(base: Path, tmp_path: Path, monkeypat
     assert reported[f"{folder}: eval/loss"] == [2, 4, 4]
 
 
+@pytest.mark.filterwarnings("ignore")  # MLflow's own
+def test_mlflow_gets_the_losses(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.chdir(tmp_path)  # where MLflow puts artifacts
+    train(short(base, tmp_path / "run", report_to=("mlflow",), max_steps=4, quiet=True))
+    (run,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
+    history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "loss")
+    assert [each.step for each in history] == [1, 2, 3, 4]
+
+
 # Greedy answers
 
 

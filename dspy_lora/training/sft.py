@@ -275,6 +275,7 @@ def _train(config: TrainConfig, trainer: Any, run: Run, start: Path | None) -> N
         DivergedError: The loss is no longer a number.
     """
     from transformers import TrainerState
+    from transformers.integrations import MLflowCallback
 
     from dspy_lora.training.watch import out_of_patience
 
@@ -286,6 +287,8 @@ def _train(config: TrainConfig, trainer: Any, run: Run, start: Path | None) -> N
         trainer.model.load_adapter(str(start.with_name(f"checkpoint-{state.best_global_step}")), "default")
     else:
         trainer.train(resume_from_checkpoint=str(start) if start else None)
+    if "mlflow" in config.report_to:
+        trainer.remove_callback(MLflowCallback)  # its run has ended; what comes after would start another
     if not all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry):
         Checkpoints(config.output_dir).remove()  # going on from there would end the same way
         raise DivergedError(f"{config.name}: the loss is no longer a number. Use a smaller learning_rate.")
