@@ -224,6 +224,8 @@ class _Run:
             "race_rows": owner.race_rows,
             "optimize_prompts": owner.optimize_prompts,
             "minibatch": owner.reflection_minibatch_size,
+            "component_selector": _named(owner.component_selector),
+            "instruction_proposer": _named(owner.custom_instruction_proposer),
             "val_evaluation_policy": repr(policy) if isinstance(policy, IRTEvaluationPolicy) else type(policy).__name__,
             "seed": self.seed,
         }
@@ -417,3 +419,10 @@ def _built_in() -> Any:
     from dspy.teleprompt.gepa.instruction_proposal import InstructionProposer
 
     return InstructionProposer()
+
+
+def _named(part: Any) -> str | None:
+    """What stands in a run's settings for a part: a word as it is, a function or class by its name."""
+    if part is None or isinstance(part, str):
+        return part
+    return str(getattr(part, "__qualname__", type(part).__qualname__))
