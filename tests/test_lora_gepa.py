@@ -256,7 +256,7 @@ def test_a_log_of_another_run_is_refused_with_what_differs(world, tmp_path):
         optimizer(log_dir=str(tmp_path), max_metric_calls=120, seed=1).compile(
             program, trainset=rows(10), valset=rows(10)
         )
-    with pytest.raises(ConfigError, match="component_selector was MostWrongSelector, is round_robin"):
+    with pytest.raises(ConfigError, match="component_selector was 'MostWrongSelector', is 'round_robin'"):
         optimizer(log_dir=str(tmp_path), max_metric_calls=120, component_selector="round_robin").compile(
             program, trainset=rows(10), valset=rows(10)
         )
