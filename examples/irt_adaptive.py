@@ -1,18 +1,17 @@
 """Adaptive tests against the full test, on answers of the bundled base model and its twelve adapters.
 
 Usage:
-    python examples/irt_adaptive.py [--count 1000] [--seeds 5]
+    python examples/irt_adaptive.py [--count 400] [--seeds 3]
 
 The items are the seedling's held-out tasks (``dspy_lora.seedling.bars``), which every system can be asked: an adapter
 learns a domain at some cost to them, each at its own. One system after another is left out, the items are calibrated on
 the other twelve, and it is asked adaptively until its ability is known or a quarter of the items is used up. Tau is
-Kendall's, between the order of the thirteen systems so found and that of their scores on all items; for comparison also
-that of as many items drawn at random, the same for all systems.
+Kendall's, between the order of the thirteen systems so found and that of their scores on all items; for comparison the
+mean over draws of as many items at random, the same for all systems.
 """
 
 import argparse
 import logging
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +23,8 @@ from dspy_lora.seedling.bars import ADAPTERS, ask, questions
 from dspy_lora.seedling.rules import rules_task
 
 Array = NDArray[np.float64]
+
+DRAWS = 100  # of random items
 
 
 def answers(count: int, seed: int) -> Responses:
@@ -45,23 +46,28 @@ def adaptive_test(responses: Responses, system: str, most: int) -> AdaptiveTest:
 
 
 def compare(responses: Responses, seed: int) -> tuple[list[AdaptiveTest], list[float]]:
-    """The systems' tests; share of items asked, tau, and tau of as many random items."""
+    """The systems' tests; share of items asked, tau, and mean tau of as many random items."""
     most = len(responses.items) // 4
     tests = [adaptive_test(responses, system, most) for system in responses.systems]
-    full = responses.scores.mean(1)
     asked = float(np.mean([len(test.scores) for test in tests]))
-    some = np.random.default_rng(seed).permutation(len(responses.items))[: round(asked)]
-    orders: Sequence[Array] = (np.array([test.expected_score for test in tests]), responses.scores[:, some].mean(1))
-    return tests, [asked / len(responses.items), *(float(kendalltau(order, full).statistic) for order in orders)]
+    random = np.random.default_rng(seed)
+    draws = (random.permutation(len(responses.items))[: round(asked)] for _ in range(DRAWS))
+    at_random = [_tau(responses, responses.scores[:, draw].mean(1)) for draw in draws]
+    tau = _tau(responses, np.array([test.expected_score for test in tests]))
+    return tests, [asked / len(responses.items), tau, float(np.mean(at_random))]
+
+
+def _tau(responses: Responses, estimates: Array) -> float:
+    return float(kendalltau(estimates, responses.scores.mean(1)).statistic)
 
 
 def main() -> None:
     """Prints the systems of the first seed, and one line a seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=1000, help="tasks a seed (default: 1000)")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--count", type=int, default=400, help="tasks a seed (default: 400)")
+    parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
-    logging.getLogger("dspy_lora.evaluation").setLevel(logging.ERROR)
+    logging.getLogger("dspy_lora.evaluation.irt").setLevel(logging.ERROR)
     figures = []
     for seed in range(args.seeds):
         responses = answers(args.count, 2 * seed)

@@ -1,5 +1,6 @@
 """What README and examples/ show runs, in a process of its own as a user would start it."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -41,3 +42,16 @@ def test_the_demo_answers_all_questions_twice():
     table = [line for line in out.splitlines() if line.split(" ")[0] in QUESTIONS]
     assert len(table) == sum(map(len, QUESTIONS.values()))
     assert "24 of 24 answers are the same" in out
+
+
+def test_adaptive_tests_order_systems_as_all_items_do(monkeypatch):
+    from dspy_lora.evaluation import simulate
+
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    compare = importlib.import_module("irt_adaptive").compare
+    tests, (asked, tau, at_random) = compare(simulate(13, 400, seed=0).responses, 0)
+    assert len(tests) == 13
+    assert all(len(test.scores) <= 100 for test in tests)
+    assert asked <= 0.25
+    assert tau >= 0.7
+    assert 0 < at_random < 1
