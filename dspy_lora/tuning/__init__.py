@@ -1,0 +1,10 @@
+"""``dspy-lora tune``: tile settings of vLLM's LoRA kernels for one GPU and a model's shapes, found by timing them.
+
+command.py   ``dspy-lora tune``: flags, table
+shapes.py    which products the kernels compute for a model, from its config.json
+settings.py  tile settings that a kernel may run with, and the neighbours of one
+search.py    which setting is fastest, within a budget of time
+trials.py    what was timed so far, on disk
+kernels.py   times vLLM's own kernels on the GPU and checks what they compute
+files.py     the files that vLLM reads, and whether a folder of them fits an engine
+"""

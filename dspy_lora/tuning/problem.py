@@ -1,0 +1,44 @@
+"""What is tuned at a time: one product, at one rank and one number of tokens."""
+
+from dataclasses import dataclass
+
+from dspy_lora.errors import DspyLoraError
+from dspy_lora.tuning.shapes import Product
+
+
+class TuningError(DspyLoraError, RuntimeError):
+    """This machine cannot time vLLM's LoRA kernels, or their own defaults fail on it."""
+
+
+class CrashError(TuningError):
+    """A setting broke the CUDA context: it is noted as refused, and a new process can go on."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A product as an engine computes it.
+
+    Attributes:
+        product: Which product.
+        rank: The engine's ``max_lora_rank``, to which vLLM pads every adapter.
+        tokens: Tokens of the batch, m.
+        max_loras: The engine's ``max_loras``.
+    """
+
+    product: Product
+    rank: int
+    tokens: int
+    max_loras: int
+
+    @property
+    def outputs(self) -> int:
+        """Outputs of a slice, the largest: n."""
+        return self.rank if self.product.op == "shrink" else self.product.width
+
+    @property
+    def inputs(self) -> int:
+        """Inputs that an output sums over: k."""
+        return self.product.width if self.product.op == "shrink" else self.rank
+
+    def __str__(self) -> str:
+        return f"{self.product} at rank {self.rank}, {self.tokens} tokens, max_loras {self.max_loras}"
