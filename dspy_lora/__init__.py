@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     from dspy_lora.adapters.registry import AdapterRegistry
     from dspy_lora.config import Config, load_config
     from dspy_lora.detection.classifier import DomainClassifier
-    from dspy_lora.lm import LoRALM, load
+    from dspy_lora.lm import LoRALM
     from dspy_lora.optimizers import LoRAGEPA
     from dspy_lora.pipeline import DomainPipeline
     from dspy_lora.router import LoRARouter
+    from dspy_lora.saved import load
 
 __version__ = "0.1.0"
 __all__ = [
@@ -40,7 +41,7 @@ _HOMES = {
     "LoRAGEPA": "dspy_lora.optimizers",
     "LoRALM": "dspy_lora.lm",
     "LoRARouter": "dspy_lora.router",
-    "load": "dspy_lora.lm",
+    "load": "dspy_lora.saved",
     "load_config": "dspy_lora.config",
 }
 

@@ -15,7 +15,7 @@ _CLOSING = re.compile(r"\n\nRespond with .*", re.DOTALL)  # what DSPy's adapters
 
 
 class AutoRoute:
-    """Chooses a model string for a request.
+    """Chooses a model string for a request, by its last user message alone: each turn of a conversation anew.
 
     Args:
         classifier: Says which domain the question is of.
@@ -24,7 +24,7 @@ class AutoRoute:
 
     def __init__(self, classifier: DomainClassifier, models: Mapping[str | None, str]) -> None:
         self.classifier, self.models = classifier, dict(models)
-        known = json.dumps([sorted(map(str, self.models.values())), list(classifier.domains), classifier.margin])
+        known = json.dumps([sorted(map(str, self.models.values())), classifier.fingerprint])
         #: The route's own name; it changes with the adapters and the classifier, as DSPy's cache wants it.
         self.ref = f"{NAME}@{hashlib.sha256(known.encode()).hexdigest()[:12]}"
 

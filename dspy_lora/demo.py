@@ -11,7 +11,8 @@ from pathlib import Path
 import dspy
 
 from dspy_lora.config import load_config
-from dspy_lora.lm import LoRALM, load
+from dspy_lora.lm import LoRALM
+from dspy_lora.saved import load
 
 QUESTIONS: dict[str, tuple[str, str]] = {
     "financial": (

@@ -1,9 +1,7 @@
 """LoRALM: a ``dspy.LM`` bound to one adapter revision of a base model that vLLM serves."""
 
 import dataclasses
-import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +13,7 @@ from dspy_lora.adapters.base import Base, resolve_base
 from dspy_lora.adapters.registry import AdapterRegistry, Revision
 from dspy_lora.auto import NAME as AUTO
 from dspy_lora.auto import AutoRoute
-from dspy_lora.config import ServingConfig, load_config
+from dspy_lora.config import load_config
 from dspy_lora.detection.classifier import DomainClassifier
 from dspy_lora.engine.local import AsyncLocalEngine, LocalEngine, async_local_engine, local_engine
 from dspy_lora.engine.protocol import Adapter
@@ -29,9 +27,6 @@ if TYPE_CHECKING:
     from dspy_lora.engine.remote import AsyncRemoteEngine, RemoteEngine
 
 _MODEL = re.compile(r"lora/(?P<base>.+?)@(?P<revision>[0-9a-f]{12}|main)(?:/(?P<adapter>[a-z0-9_-]+@[0-9a-f]{12}))?")
-_PLAIN_LM = "dspy.clients.lm.LM"
-_ADDRESSES = ("server", "api_base", "base_url", "model_list")
-_SAFE_ENGINE_KEYS = ServingConfig.model_fields.keys() - {"trust_remote_code"}
 _BOUND = (
     "_binding", "_base", "_registry", "_adapter", "_auto", "model", "provider", "_engine_spec", "_async_engine_spec",
 )  # fmt: skip
@@ -71,7 +66,8 @@ class LoRALM(dspy.LM):
         model: The base model: a folder, a Hugging Face name, or ``"seedling"``; None takes the configured one, else
             the bundled seedling. A model string of another LoRALM (``lora/...``) is taken apart.
         domain: Name of the adapter, ``"legal"`` for its current revision or ``"legal@0123456789ab"`` for that one; None
-            for the base model alone; ``"auto"`` for whichever adapter the classifier chooses call by call, or none. The
+            for the base model alone; ``"auto"`` for whichever adapter the classifier chooses call by call, or none,
+            by the last user message (a conversation that is to stay with one adapter goes through ``LoRARouter``). The
             revision is fixed here: ``copy(domain="legal")`` takes a newer one.
         registry: Folder of the adapter registry; None takes the configured one, else ``adapters/`` in the working
             directory with the bundled adapters of the seedling under it.
@@ -336,66 +332,6 @@ class LoRALM(dspy.LM):
             )
         if self._adapter is not None:
             self._registry.verify(self._adapter)
-
-
-def load(program: dspy.Module, path: str | Path) -> dspy.Module:
-    """Loads a program saved with ``program.save(path)`` whose predictors use LoRALMs.
-
-    DSPy refuses custom LM classes in a file unless the caller trusts the whole file. This trusts LoRALM and ``dspy.LM``
-    with the settings that run no code and send nothing anywhere: no other class, no server's address (the caller's key
-    would go there), no engine setting outside ``serving`` in ``lora_config.yaml``.
-
-    Args:
-        program: A program of the same structure.
-        path: The ``.json`` file.
-
-    Returns:
-        ``program`` with its state loaded.
-
-    Raises:
-        ConfigError: The file asks for more than that, or is no such file.
-        ChangedAdapterError: A base or adapter revision is gone or has changed.
-    """
-    try:
-        state = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as exc:
-        raise ConfigError(
-            f"{str(path)!r} is no program saved as JSON: {exc}. Save it with program.save('x.json')."
-        ) from exc
-    for lm in _lm_states(state):
-        if wish := _unsafe(lm):
-            raise ConfigError(
-                f"{str(path)!r} asks for {wish}. If you trust it: program.load(path, allow_unsafe_lm_state=True)"
-            )
-    program.load(str(path), allow_unsafe_lm_state=True)
-    return program
-
-
-def _lm_states(state: Any) -> Iterator[dict[str, Any]]:
-    """Every state in a saved program that would become an LM."""
-    children = state.values() if isinstance(state, dict) else state if isinstance(state, list) else ()
-    if isinstance(state, dict):
-        if LM_CLASS_STATE_KEY in state:
-            yield state
-        elif isinstance(state.get("lm"), dict) and LM_CLASS_STATE_KEY not in state["lm"]:
-            yield state["lm"]  # DSPy makes a dspy.LM of a state that names no class
-    for child in children:
-        yield from _lm_states(child)
-
-
-def _unsafe(state: dict[str, Any]) -> str | None:
-    """What an LM's state asks for that ``load`` does not trust; None for nothing."""
-    name = state.get(LM_CLASS_STATE_KEY, _PLAIN_LM)
-    if name not in (f"{LoRALM.__module__}.{LoRALM.__qualname__}", _PLAIN_LM):
-        return f"class {name!r}"
-    for key in _ADDRESSES:
-        if state.get(key):
-            return f"the server {key}={state[key]!r}"
-    engine = state.get("engine") or {}
-    if name == _PLAIN_LM and not isinstance(engine, str):
-        return f"engine {engine!r}" if engine else None
-    unknown = sorted(set(engine) - _SAFE_ENGINE_KEYS)
-    return f"engine setting {unknown[0]!r}" if unknown else None
 
 
 def _text(path: str | Path | None) -> str | None:

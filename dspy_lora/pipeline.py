@@ -5,20 +5,20 @@ import inspect
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import dspy
 from dspy.evaluate.evaluate import EvaluationResult
 from dspy.utils.usage_tracker import UsageTracker, track_usage
 
 from dspy_lora.detection.classifier import DomainClassifier
-from dspy_lora.errors import ConfigError, near
+from dspy_lora.errors import ConfigError, DataError, near
 from dspy_lora.evaluation.ablation import Ablation, Spent
 from dspy_lora.evaluation.responses import Responses
 from dspy_lora.lm import LoRALM
-from dspy_lora.router import ROUTE, LoRARouter, Route, marked, with_own_lms
+from dspy_lora.router import ROUTE, LoRARouter, Route, but_for_own_lms, marked, with_own_lms
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ class Assembled(Protocol):
         """One sentence: what is in it and what was left out."""
 
 
+@runtime_checkable
 class Context(Protocol):
     """What ``DomainPipeline`` asks for context; ``ContextAssembler`` is one."""
 
@@ -123,6 +124,11 @@ class DomainPipeline(dspy.Module):
         for program in (self.compiled_for_all, *self.compiled.values()):
             if program is not None and (own := with_own_lms(program)):
                 logger.warning("compiled %s have LMs of their own, which no route replaces", ", ".join(own))
+        if context is not None and not isinstance(context, Context):
+            raise ConfigError(
+                f"context is {context!r}; allowed is a ContextAssembler, or what is called with a query and `history` "
+                "and has `acall`. A function becomes a source of one: ContextAssembler([Passages(f)], budget=1024)."
+            )
         self._context, self._context_field = context, context_field
         self.stages: frozenset[str] = frozenset(self.available)
 
@@ -212,13 +218,12 @@ class DomainPipeline(dspy.Module):
         if "adapter" not in self.stages:
             run.route = Route(None, "caller", "the adapter stage is off", route.probability, route.runner_up)
         run.lm = self.router.lm_of(run.route)
-        if own := with_own_lms(run.program):
-            if "adapter" in self.stages:
-                run.route = replace(run.route, reason=f"{run.route.reason}; {', '.join(own)} keep LMs of their own")
-            else:
-                run.program = _copied(run.program)
-                for _, predictor in run.program.named_sub_modules(dspy.Predict):
-                    predictor.lm = run.lm
+        if "adapter" in self.stages:
+            run.route = but_for_own_lms(run.route, run.program)
+        elif with_own_lms(run.program):
+            run.program = _copied(run.program)
+            for _, predictor in run.program.named_sub_modules(dspy.Predict):
+                predictor.lm = run.lm
         return run
 
     def _program(self, route: Route) -> tuple[dspy.Module, str, str]:
@@ -257,6 +262,8 @@ class DomainPipeline(dspy.Module):
             ConfigError: A system with a stage that the pipeline has nothing for.
             DataError: No rows, or a metric that gives no number in [0, 1].
         """
+        if not devset:
+            raise DataError("there are no rows to evaluate on. Give examples with the program's inputs.")
         wanted = self._systems() if systems is None else {name: tuple(stages) for name, stages in systems.items()}
         results: dict[str, EvaluationResult] = {}
         evaluate = dspy.Evaluate(

@@ -270,16 +270,23 @@ class LoRARouter(dspy.Module):
 
     def _run(self, route: Route, inputs: dict[str, Any]) -> dspy.Prediction:
         with dspy.context(lm=self.lm_of(route)):
-            return marked(self.program(**inputs), route)
+            return marked(self.program(**inputs), but_for_own_lms(route, self.program))
 
     async def _arun(self, route: Route, inputs: dict[str, Any]) -> dspy.Prediction:
         with dspy.context(lm=self.lm_of(route)):
-            return marked(await self.program.acall(**inputs), route)
+            return marked(await self.program.acall(**inputs), but_for_own_lms(route, self.program))
 
 
 def with_own_lms(program: dspy.Module) -> list[str]:
     """Names of the predictors that no route reaches."""
     return [name for name, each in program.named_sub_modules(dspy.Predict) if each.lm is not None]
+
+
+def but_for_own_lms(route: Route, program: dspy.Module) -> Route:
+    """The route, saying in its reason which predictors of the program it does not reach."""
+    if own := with_own_lms(program):
+        return dataclasses.replace(route, reason=f"{route.reason}; {', '.join(own)} keep LMs of their own")
+    return route
 
 
 def _by_name(adapters: Mapping[str, Any] | Iterable[str]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from dspy_lora.optimizers.rollouts import Rollout, Rollouts
 from dspy_lora.optimizers.run_log import RunLog, digest
 
 from dspy_lora.context.deltas import Delta
-from dspy_lora.context.playbook import Embed, Playbook
+from dspy_lora.context.playbook import Embed, Playbook, attach
 from dspy_lora.context.tokens import CountTokens
 from dspy_lora.errors import ConfigError
 
@@ -54,7 +54,7 @@ class ACE(Teleprompter):
         similarity: Least cosine of such bullets.
         ground_truth: Whether the Reflector is told a row's right answer where the row holds the predictor's output
             field. Else it has the metric's feedback alone.
-        playbook: To begin with; None takes the program's own, if it has one.
+        playbook: To begin with; None takes the program's own, else the bullets that its instructions tell.
         reflector: Instead of ``Reflector`` or ``RuleReflector``.
         curator: Instead of ``Curator`` or ``RuleCurator``.
         num_threads: Rows answered at once.
@@ -133,7 +133,8 @@ class ACE(Teleprompter):
 
         Raises:
             ConfigError: No metric, no rows, no predictor, a teacher, or a ``log_dir`` of another run.
-            DataError: ``log_dir/playbook.md`` was edited meanwhile; nothing of it or of the run is lost.
+            DataError: ``log_dir/playbook.md`` was edited meanwhile; nothing of it or of the run is lost. Or the program
+                has no playbook object, and the one in its instructions cannot be read.
         """
         if teacher is not None:
             raise ConfigError("ACE takes no teacher")
@@ -144,7 +145,8 @@ class ACE(Teleprompter):
         if self.log_dir is not None:
             result.playbook.save(self.log_dir / "playbook.md")
         program = learner.told(result.playbook)
-        program.playbook, program._compiled = result.playbook, True
+        attach(program, result.playbook)
+        program._compiled = True
         if self.track_stats:
             program.detailed_results = result
         return program
@@ -157,7 +159,8 @@ class ACE(Teleprompter):
             path: A Markdown file of the playbook, read if it is there and written after every change.
 
         Raises:
-            DataError: The file cannot be read as a playbook; it is left as it is.
+            DataError: The file cannot be read as a playbook; it is left as it is. Or there is none, and the one in the
+                program's instructions cannot be read.
         """
         return Online(self, program, None if path is None else Path(path))
 
@@ -195,7 +198,7 @@ class _Offline:
 
     def __init__(self, ace: ACE, learner: Learner, train: Sequence[dspy.Example], val: Sequence[dspy.Example]) -> None:
         self.ace, self.learner, self.train, self.val = ace, learner, list(train), list(val)
-        self.playbook = learner.start.copy()
+        self.playbook = learner.start()
         self.log = RunLog(ace.log_dir, self._settings())
         self.rollouts = Rollouts(
             learner, cast(Callable[..., Any], ace.metric), self.log, ace.num_threads, ace.failure_score

@@ -1,5 +1,6 @@
 """How ACE folds what a program did into a playbook, offline and online alike."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -8,13 +9,15 @@ from dspy.utils.exceptions import AdapterParseError
 from dspy_lora.optimizers.ace_roles import Curator, Record, Reflector, RuleCurator, RuleReflector
 from dspy_lora.optimizers.rollouts import Rollout
 
-from dspy_lora.context.deltas import Delta, Update
-from dspy_lora.context.playbook import Playbook, with_playbook, without_playbook
+from dspy_lora.context.deltas import Add, Delta, Update
+from dspy_lora.context.playbook import Playbook, own_playbook, told_bullets, with_playbook, without_playbook
 from dspy_lora.context.tokens import count_tokens_of, estimate_tokens
 from dspy_lora.errors import ConfigError
 
 if TYPE_CHECKING:
     from dspy_lora.optimizers.ace import ACE
+
+logger = logging.getLogger(__name__)
 
 
 class Learner:
@@ -30,8 +33,7 @@ class Learner:
 
     def __init__(self, ace: "ACE", program: dspy.Module) -> None:
         self.ace = ace
-        own = vars(program).get("playbook")
-        self.start = ace.playbook or (own if isinstance(own, Playbook) else Playbook())
+        self._given = ace.playbook or own_playbook(program)
         self.program = program.deepcopy()
         vars(self.program).pop("playbook", None)
         self.program._compiled = False  # DSPy shows and saves no predictor of a compiled part
@@ -46,6 +48,30 @@ class Learner:
         with_lm = ace.reflection_lm is not None
         self.reflector = ace.reflector or (Reflector(ace.rounds) if with_lm else RuleReflector())
         self.curator = ace.curator or (Curator() if with_lm else RuleCurator())
+
+    def start(self) -> Playbook:
+        """The playbook to begin with: ACE's, the program's, or the one that its instructions tell.
+
+        Instructions hold no ids and no counters. An id is made again from section and text, counters begin at 0.
+
+        Raises:
+            DataError: There is no playbook but in an instruction, and that one cannot be read.
+        """
+        if self._given is not None:
+            return self._given.copy()
+        playbook = Playbook()
+        playbook.apply(
+            Add(section=self._section(name) + heading, text=text)
+            for name, predictor in self.program.named_predictors()
+            for heading, text in told_bullets(predictor.signature.instructions)
+        )
+        if len(playbook):
+            logger.warning(
+                "the program has no playbook object: %d bullets are read from its instructions, and their counters "
+                "begin at 0; dspy_lora.load(program, path) brings a saved playbook whole",
+                len(playbook),
+            )
+        return playbook
 
     def instructions(self, playbook: Playbook) -> dict[str, str]:
         """Each predictor's instruction with the bullets that are for it."""
@@ -82,7 +108,7 @@ class Learner:
 
     def _reflect(self, playbook: Playbook, name: str, attempts: Sequence[Record]) -> list[Delta]:
         own = self._share(playbook, name)
-        section = f"{name} / " if len(self.tasks) > 1 else ""
+        section = self._section(name)
         left = self.ace.token_budget - self.count(playbook.prompt())
         with dspy.context(lm=self.ace.reflection_lm or dspy.settings.lm, trace=[]):
             seen = self.reflector(task=self.tasks[name], playbook=own, section=section, records=attempts)
@@ -118,6 +144,10 @@ class Learner:
             elif right:
                 found[name] = f"It should have been {', '.join(f'{key}={value!r}' for key, value in right.items())}."
         return found
+
+    def _section(self, name: str) -> str:
+        """What the sections of a predictor alone begin with."""
+        return f"{name} / " if len(self.tasks) > 1 else ""
 
     def _share(self, playbook: Playbook, name: str) -> Playbook:
         """The bullets for a predictor: a section ``"summarize / Length"`` is for ``summarize`` alone."""

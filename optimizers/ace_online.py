@@ -41,7 +41,7 @@ class Online(dspy.Module):
     def __init__(self, ace: "ACE", program: dspy.Module, path: Path | None = None) -> None:
         super().__init__()
         self.learner, self.path = Learner(ace, program), path
-        self.playbook = Playbook.load(path) if path is not None and path.exists() else self.learner.start.copy()
+        self.playbook = Playbook.load(path) if path is not None and path.exists() else self.learner.start()
         self.program = self.learner.told(self.playbook)
         self.failures: list[str] = []
         self._answers: deque[tuple[dspy.Prediction, Rollout]] = deque(maxlen=_REMEMBERED)

@@ -20,6 +20,7 @@ from dspy_lora.optimizers.ace import ACE
 from dspy_lora.optimizers.ace_learner import Learner
 from dspy_lora.optimizers.ace_roles import RULES, Curator, Reflector, RuleCurator, RuleReflector
 
+import dspy_lora
 from dspy_lora.context.deltas import Add, Merge, Remove, Update
 from dspy_lora.context.playbook import CLOSING, OPENING, Playbook
 from dspy_lora.context.tokens import estimate_tokens
@@ -145,6 +146,71 @@ def test_compiling_again_goes_on_from_the_program_s_playbook(asked):
     assert score(twice, rows(16, 100)) == 1
 
 
+PROGRAMS = pytest.mark.parametrize("make", [Desk, lambda: dspy.Predict("text -> label")], ids=["module", "predict"])
+
+
+def told_of(playbook):
+    return [(bullet.section, bullet.text) for bullet in playbook.bullets]
+
+
+@PROGRAMS
+def test_a_saved_playbook_comes_back_whole(asked, tmp_path, make):
+    compiled, file = ace(epochs=1).compile(make(), trainset=rows(32)), tmp_path / "program.json"
+    compiled.save(file)
+    loaded = dspy_lora.load(make(), file)
+    assert loaded.playbook.render() == compiled.playbook.render()
+    loaded.save(file)
+    again = dspy_lora.load(loaded.deepcopy(), file)
+    assert again.playbook.render() == compiled.playbook.render()
+    assert ace().online(again).playbook.render() == compiled.playbook.render()
+    more = ace(epochs=1).compile(again, trainset=rows(32, 500))
+    assert sum(b.helpful for b in more.playbook.bullets) == sum(b.helpful for b in compiled.playbook.bullets) + 32
+    saved = json.loads(file.read_text())
+    saved["playbook"]["playbook"] = "nonsense"
+    file.write_text(json.dumps(saved))
+    fresh = make()
+    with pytest.raises(DataError, match="is no playbook"):
+        dspy_lora.load(fresh, file)
+    assert fresh.dump_state() == make().dump_state()
+
+
+def test_a_predict_that_dspy_itself_loads_brings_its_playbook_to_ace(asked, tmp_path):
+    compiled, fresh = (
+        ace(epochs=1).compile(dspy.Predict("text -> label"), trainset=rows(32)),
+        dspy.Predict("text -> label"),
+    )
+    compiled.save(tmp_path / "program.json")
+    fresh.load(tmp_path / "program.json")
+    assert ace().online(fresh).playbook.render() == compiled.playbook.render()
+
+
+@PROGRAMS
+def test_bullets_that_only_the_instruction_tells_are_learned_on(asked, caplog, make):
+    compiled, told = ace(epochs=1).compile(make(), trainset=rows(32)), make()
+    for (_, predictor), (_, taught) in zip(told.named_predictors(), compiled.named_predictors(), strict=True):
+        predictor.signature = taught.signature
+    online = ace().online(told)
+    assert len(online.playbook) >= 3
+    assert told_of(online.playbook) == told_of(compiled.playbook)
+    assert f"{len(online.playbook)} bullets are read from its instructions" in caplog.text
+    assert score(online, rows(16, 100)) == 1
+    result = ace(epochs=1, track_stats=True).compile(told, trainset=rows(4, 500)).detailed_results
+    assert told_of(result.playbooks[0]) == told_of(compiled.playbook)
+
+
+@PROGRAMS
+def test_a_playbook_in_an_instruction_that_cannot_be_read_is_refused(asked, tmp_path, make):
+    told = make()
+    for _, predictor in told.named_predictors():
+        predictor.signature = predictor.signature.with_instructions(f"Sort.\n\n{OPENING}\nBe kind.\n{CLOSING}")
+    for learn in (ace().online, lambda program: ace().compile(program, trainset=rows(4))):
+        with pytest.raises(DataError, match=r"'Be kind\.'.*ACE\(playbook=\.\.\.\)"):
+            learn(told)
+    file = tmp_path / "playbook.md"
+    Playbook().save(file)
+    assert len(ace().online(told, file).playbook) == 0  # the file is the playbook
+
+
 def test_without_a_valset_the_last_playbook_is_kept_and_with_one_the_best(asked):
     wrong = [dspy.Example(row, label="wrong").with_inputs("text") for row in rows(16, 300)]
     taught_wrong = ace(epochs=1, track_stats=True).compile(Desk(), trainset=wrong, valset=rows(16))
@@ -204,6 +270,9 @@ def test_each_predictor_is_told_its_own_rules(asked):
     assert "answer money." in first
     assert "answer second_money." not in first
     assert "answer second_money." in second
+    told = Two()
+    told.first.signature, told.second.signature = compiled.first.signature, compiled.second.signature
+    assert told_of(ace().online(told).playbook) == told_of(compiled.playbook)
     assert f"\n{RULES}:\n" in second
 
 

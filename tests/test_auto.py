@@ -43,6 +43,15 @@ def test_the_name_changes_with_the_adapters():
     assert AutoRoute(CLASSIFIER, one).ref == AutoRoute(CLASSIFIER, dict(one)).ref != AutoRoute(CLASSIFIER, other).ref
 
 
+def test_the_name_changes_with_what_the_classifier_learned():
+    texts = {"a": [f"the party shall pay {n}" for n in range(30)], "b": [f"my dog eats bone {n}" for n in range(30)]}
+    one, swapped = DomainClassifier.train(texts), DomainClassifier.train({"a": texts["b"], "b": texts["a"]})
+    models = {None: "base", "a": "base/a@1", "b": "base/b@1"}
+    assert (one.domains, one.margin) == (swapped.domains, swapped.margin)
+    assert AutoRoute(one, models).ref != AutoRoute(swapped, models).ref
+    assert AutoRoute(one, models).ref == AutoRoute(DomainClassifier.train(texts), models).ref
+
+
 def test_it_is_copied_pickled_and_left_as_any_other():
     lm = LoRALM(domain="auto")
     pickled = pickle.loads(pickle.dumps(lm))  # noqa: S301

@@ -7,9 +7,10 @@ import dspy
 import pytest
 from dspy.clients.engines.dummy_engine import AsyncDummyEngine, DummyEngine
 from dspy.utils import DummyLM
+from dspy_lora.optimizers.ace import ACE
 
 from dspy_lora.context.assemble import ContextAssembler
-from dspy_lora.context.sources import Passages, Source
+from dspy_lora.context.sources import Bullets, Passages, Source
 from dspy_lora.detection.classifier import DomainClassifier
 from dspy_lora.errors import ConfigError, DataError
 from dspy_lora.pipeline import DomainPipeline
@@ -229,6 +230,13 @@ def test_what_is_not_there_is_refused_with_the_near_names(make):
         make(Steps())(query=GARDEN)
 
 
+def test_a_plain_function_is_no_context_and_no_rows_are_no_devset(make):
+    with pytest.raises(ConfigError, match="A function becomes a source"):
+        make(context=lambda query: query)
+    with pytest.raises(DataError, match="no rows to evaluate on"):
+        make().evaluate([], metric=lambda gold, pred: 1.0)
+
+
 def test_evaluate_compares_every_variant(make, tmp_path):
     pipeline = make(compiled={"garden": compiled()}, context=Remembering())
     rows = [dspy.Example(query=f"{GARDEN} {i}", answer="garden compiled ctx").with_inputs("query") for i in range(6)]
@@ -259,3 +267,30 @@ def test_a_row_that_raises_counts_as_wrong(make):
     report = make(Failing()).evaluate(rows, lambda row, found, trace=None: 1.0, systems={"adapter": ["adapter"]})
     assert report.system("adapter").score.value == 0
     assert report.system("adapter").ability is None
+
+
+def test_what_ace_learned_reaches_the_prompt_and_is_named(make, monkeypatch):
+    words = {"rose": "spring", "hedge": "autumn"}
+    rows = [
+        dspy.Example(query=f"when do I prune {word} {i}", answer=words[word]).with_inputs("query")
+        for i in range(12)
+        for word in words
+    ]
+    with dspy.context(lm=answering("untaught")):
+        optimizer = ACE(lambda row, found, trace=None: row.answer == found.answer, epochs=1, num_threads=1)
+        learned = optimizer.compile(dspy.Predict("query -> answer"), trainset=rows)
+    bullets, prompts, complete = learned.playbook.bullets, [], Engine._complete_messages
+    assert any("rose" in bullet.text and bullet.text.endswith("answer spring.") for bullet in bullets)
+
+    def watched(engine, messages):
+        prompts.append("".join(message["content"] for message in messages))
+        return complete(engine, messages)
+
+    monkeypatch.setattr(Engine, "_complete_messages", watched)
+    found = make(compiled={"garden": learned})(query=GARDEN)
+    assert all(f"- {bullet.text}" in prompts[-1] for bullet in bullets)
+    assert found.steps[1].choice == "compiled for garden"
+    found = make(context=ContextAssembler([Bullets(learned.playbook)]))(query=GARDEN)
+    assert all(f"[playbook:{bullet.id}] {bullet.text}" in prompts[-1] for bullet in bullets)
+    assert (found.steps[1].choice, found.steps[2].choice) == ("as written", "instruction")
+    assert found.steps[2].reason == f"{len(bullets)} of playbook"

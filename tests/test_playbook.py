@@ -18,6 +18,7 @@ from dspy_lora.context.playbook import (
     Bullet,
     Playbook,
     bullet_id,
+    told_bullets,
     with_playbook,
     without_playbook,
 )
@@ -184,6 +185,7 @@ def test_the_version_grows_with_changes_alone():
         {"op": "ADD", "section": "x", "text": " \n"},
         {"op": "MERGE", "ids": ["a"], "text": "x"},
         {"op": "UPDATE", "id": "a", "helpful": -1},
+        {"op": "UPDATE", "id": "a", "harmful": 10**18},
         {"op": "DELETE", "id": "a"},
         {"op": "REMOVE", "id": "a", "text": "x"},
     ],
@@ -253,6 +255,15 @@ def test_an_instruction_gets_one_playbook_and_loses_it_again(instruction, first,
     assert without_playbook(told) == with_playbook(told, "") == instruction
 
 
+def test_an_instruction_s_bullets_are_read_back():
+    told = with_playbook("Answer.", "Facts:\n- one\n- two: 2\nRules:\n- three:")
+    assert told_bullets(told) == [("Facts", "one"), ("Facts", "two: 2"), ("Rules", "three:")]
+    assert told_bullets("Answer.") == []
+    for line in ("- homeless", "prose"):
+        with pytest.raises(DataError, match=f"the line '{line}'.*dspy_lora.load"):
+            told_bullets(with_playbook("Answer.", line))
+
+
 def test_a_program_s_state_holds_it(tmp_path):
     class Program(dspy.Module):
         def __init__(self):
@@ -303,6 +314,9 @@ def test_edits_by_hand_are_taken_up(tmp_path):
         ("version: 1", "version: 2\nversion: 3", "begin with the lines"),
         ("helpful=0", "helpful=-1", r"line \d+ is no '- \[id\] helpful=NUMBER"),
         ("helpful=0", "helpful=", "helpful=NUMBER"),
+        ("helpful=0", f"helpful={'9' * 5_000}", r"line \d+ is no '- \[id\] helpful=NUMBER"),
+        ("harmful=0", f"harmful={'9' * 19}", "at most 18 digits"),
+        ("version: 1", f"version: {'9' * 5_000}", r"'version: NUMBER' \(at most 18 digits\)"),
         (":: one", "::", "helpful=NUMBER"),
         ("## Facts", "Facts", "line 8 stands neither under"),
         ("# Playbook\n", "", "stands neither under"),
@@ -327,6 +341,25 @@ def test_nonsense_is_an_error_that_names_the_line_and_loses_nothing(tmp_path, ol
         playbook.load_state(state)
     assert file.read_text() == text.replace(old, new, 1)
     assert playbook.render() == text
+
+
+@pytest.mark.parametrize("state", [{}, {"playbook": None}, {"plybook": ""}])
+def test_a_state_without_a_playbook_is_refused(state):
+    playbook = full()
+    with pytest.raises(DataError, match=r"state with the text 'playbook', and this one has \["):
+        playbook.load_state(state)
+    assert content(playbook) == content(full())
+
+
+def test_a_byte_order_mark_is_no_part_of_the_file(tmp_path):
+    playbook, file = full(), tmp_path / "playbook.md"
+    file.write_text(playbook.render(), encoding="utf-8-sig")
+    assert Playbook.load(file).render() == playbook.render()
+    playbook.save(file)
+    file.write_text(file.read_text().replace(":: one", ":: two more", 1), encoding="utf-8-sig")
+    edited = Playbook.load(file)
+    edited.save(file)
+    assert file.read_bytes() == edited.render().encode()
 
 
 @settings(deadline=None)

@@ -315,6 +315,7 @@ def test_predictors_with_lms_of_their_own_are_named(make, caplog):
     prediction = make(program)(question=GARDEN)
     assert (prediction.first, prediction.second) == ("from garden", "from own")
     assert "second have LMs of their own" in caplog.text
+    assert prediction.route.reason.endswith("; self.second keep LMs of their own")
 
 
 def test_a_program_that_returns_no_prediction_is_an_error(make):

@@ -7,6 +7,9 @@ import pydantic
 
 Words = Annotated[str, pydantic.AfterValidator(lambda text: " ".join(text.split())), pydantic.Field(min_length=1)]
 Id = Annotated[Words, pydantic.AfterValidator(lambda id: id.strip("[]"))]  # some LMs copy the listing's brackets
+Count = Annotated[
+    int, pydantic.Field(ge=0, le=1_000_000_000)
+]  # so that sums have no more digits than the file may have
 
 
 class _Operation(pydantic.BaseModel):
@@ -42,8 +45,8 @@ class Update(_Operation):
     op: Literal["UPDATE"] = "UPDATE"
     id: Id
     text: Words | None = None
-    helpful: pydantic.NonNegativeInt = 0
-    harmful: pydantic.NonNegativeInt = 0
+    helpful: Count = 0
+    harmful: Count = 0
 
 
 class Merge(_Operation):

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import dspy
 import numpy as np
 from dspy.predict.parameter import Parameter
 
@@ -26,11 +27,15 @@ from dspy_lora.errors import DataError, near
 FORMAT = "dspy-lora playbook 1"
 OPENING, CLOSING = "[Playbook]", "[End of playbook]"
 
-_HEAD = re.compile(r"---\nformat: (?P<format>[^\n]*)\nversion: (?P<version>\d+)\n(?:digest: (?P<digest>\w*)\n)?---\n")
-_BULLET = re.compile(r"- \[(?P<id>[^\s\]]+)\] helpful=(?P<helpful>\d+) harmful=(?P<harmful>\d+) :: (?P<text>\S.*)")
+_HEAD = re.compile(
+    r"---\nformat: (?P<format>[^\n]*)\nversion: (?P<version>\d{1,18})\n(?:digest: (?P<digest>\w*)\n)?---\n"
+)
+_BULLET = re.compile(
+    r"- \[(?P<id>[^\s\]]+)\] helpful=(?P<helpful>\d{1,18}) harmful=(?P<harmful>\d{1,18}) :: (?P<text>\S.*)"
+)
 _MERGED = re.compile(r"- \[(?P<id>[^\s\]]+)\] -> \[(?P<heir>[^\s\]]+)\]")
 _LIVE, _RETIRED, _MERGES = "# Playbook", "# Removed", "# Merged"
-_BLOCK = re.compile(rf"\n*{re.escape(OPENING)}\n.*?\n{re.escape(CLOSING)}(?=\n|$)", re.DOTALL)
+_BLOCK = re.compile(rf"\n*{re.escape(OPENING)}\n(?P<text>.*?)\n{re.escape(CLOSING)}(?=\n|$)", re.DOTALL)
 _SHOWN = 5  # problems of a file that are spelled out
 
 Embed = Callable[[list[str]], Any]  # texts to vectors, [texts, dimensions]
@@ -274,7 +279,7 @@ class Playbook(Parameter):
         if head is None or head["format"] != FORMAT:
             raise DataError(
                 f"{source} is no playbook: it must begin with the lines '---', 'format: {FORMAT}', 'version: NUMBER' "
-                f"and '---'; it begins with {text[:60]!r}. Mend them by hand."
+                f"(at most 18 digits) and '---'; it begins with {text[:60]!r}. Mend them by hand."
             )
         reader = _Reader()
         for number, line in enumerate(text[head.end() :].split("\n"), text[: head.end()].count("\n") + 1):
@@ -305,7 +310,7 @@ class Playbook(Parameter):
     def _check_place(self, path: Path) -> None:
         if not path.exists():
             return
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = path.read_text(encoding="utf-8-sig", errors="replace")
         head = _HEAD.match(text)
         ours = head is not None and head["format"] == FORMAT
         if text == self._read or (head and ours and head["digest"] == _digest(head["version"], text[head.end() :])):
@@ -323,7 +328,7 @@ class Playbook(Parameter):
             DataError: There is no such file, or it says things that mean nothing; it is left as it is.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = Path(path).read_text(encoding="utf-8-sig")  # editors may put a byte order mark
         except (OSError, UnicodeDecodeError) as exc:
             raise DataError(f"cannot read the playbook {str(path)!r}: {exc}.") from exc
         playbook = cls.parse(text, repr(str(path)))
@@ -342,7 +347,13 @@ class Playbook(Parameter):
         Raises:
             DataError: It is no playbook's state; this one is as it was.
         """
-        loaded = Playbook.parse(state["playbook"], "the saved program's playbook")
+        text = state.get("playbook")
+        if not isinstance(text, str):
+            raise DataError(
+                f"a saved playbook is a state with the text 'playbook', and this one has {sorted(state)}. Load a "
+                "program that was saved with a playbook, or Playbook.load a Markdown file."
+            )
+        loaded = Playbook.parse(text, "the saved program's playbook")
         with self._lock:
             self._bullets, self._merged, self.version = loaded._bullets, loaded._merged, loaded.version
 
@@ -385,6 +396,74 @@ def without_playbook(instruction: str) -> str:
     return _BLOCK.sub("", instruction)
 
 
+def told_bullets(instruction: str) -> list[tuple[str, str]]:
+    """The bullets that an instruction tells: each one's heading and text, all that ``prompt`` shows of it.
+
+    Raises:
+        DataError: A line between the markers is neither a heading nor a bullet under one.
+    """
+    found, heading = list[tuple[str, str]](), ""
+    for line in (line.strip() for block in _BLOCK.finditer(instruction) for line in block["text"].split("\n")):
+        if line.endswith(":") and not line.startswith("- "):
+            heading = line[:-1]
+        elif line.startswith("- ") and heading:
+            found.append((heading, line[2:]))
+        elif line:
+            raise DataError(
+                f"the playbook in an instruction has the line {line[:80]!r}, neither 'heading:' nor a '- bullet' under "
+                f"one, and the program has no playbook object. Give it: dspy_lora.load(program, path) where one was "
+                f"saved, or ACE(playbook=...). Else mend the line, or take out all from {OPENING} to {CLOSING}."
+            )
+    return found
+
+
+class TaughtPredict(dspy.Predict):
+    """A bare ``dspy.Predict`` whose saved state holds its playbook too, which DSPy would leave out."""
+
+    def dump_state(self, json_mode: bool = True) -> dict[str, Any]:
+        """As DSPy's, with the playbook."""
+        state: dict[str, Any] = super().dump_state(json_mode=json_mode)
+        own = own_playbook(self)
+        return state if own is None else state | {"playbook": own.dump_state(json_mode)}
+
+    def load_state(self, state: dict[str, Any], **kwargs: Any) -> "TaughtPredict":
+        """As DSPy's, with the playbook."""
+        saved = saved_playbook(state)
+        super().load_state({key: value for key, value in state.items() if key != "playbook"}, **kwargs)
+        if saved is not None:
+            self.playbook = saved
+        return self
+
+
+def attach(program: dspy.Module, playbook: Playbook) -> None:
+    """Makes a playbook a program's own, saved and loaded with it."""
+    program.playbook = playbook
+    if type(program) is dspy.Predict:
+        program.__class__ = TaughtPredict
+
+
+def own_playbook(program: dspy.Module) -> Playbook | None:
+    """A program's playbook, None where it has none."""
+    own = vars(program).get("playbook")
+    if isinstance(program, dspy.Predict) and isinstance(own, Mapping):  # its `load` makes attributes of all states
+        return saved_playbook(vars(program))
+    return own if isinstance(own, Playbook) else None
+
+
+def saved_playbook(state: Mapping[str, Any]) -> Playbook | None:
+    """The playbook that a program's saved state holds, None where it holds none.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    saved = state.get("playbook")
+    if not isinstance(saved, Mapping) or saved.keys() != {"playbook"}:  # a predictor may be called so
+        return None
+    playbook = Playbook()
+    playbook.load_state(saved)
+    return playbook
+
+
 class _Reader:
     """Reads a playbook's lines and collects what is wrong with them."""
 
@@ -417,7 +496,7 @@ class _Reader:
     def _bullet(self, line: str) -> str | None:
         match = _BULLET.fullmatch(line)
         if match is None and line.startswith("- ["):
-            return "is no '- [id] helpful=NUMBER harmful=NUMBER :: text'"
+            return "is no '- [id] helpful=NUMBER harmful=NUMBER :: text' with NUMBERs of at most 18 digits"
         text = " ".join((match["text"] if match else line[2:]).split())
         id = match["id"] if match else bullet_id(self._section, text)
         if id in self.bullets:

@@ -5,6 +5,8 @@ stands for itself: NumPy alone, no download, no pickle.
 """
 
 import dataclasses
+import functools
+import hashlib
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -83,6 +85,15 @@ class DomainClassifier:
     def trained_on(self) -> dict[str, str]:
         """What each domain was trained on, in words."""
         return dict(self._record.trained_on)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over all that a choice depends on, an embedder aside: equal for classifiers that choose alike."""
+        record = self._record
+        content = hashlib.sha256(repr((self.domains, record.bits, record.margin, record.temperature)).encode())
+        for array in (*self._model, self._scale):
+            content.update(np.ascontiguousarray(array).tobytes())
+        return content.hexdigest()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DomainClassifier":
         return self  # optimizers deep-copy programs; nothing here changes
