@@ -9,7 +9,8 @@ import dspy
 from dspy.clients.base_lm import LM_CLASS_STATE_KEY
 
 from dspy_lora.config import ServingConfig
-from dspy_lora.context.playbook import Playbook, attach, saved_playbook
+from dspy_lora.context.playbook import Playbook
+from dspy_lora.context.taught import attach, saved_playbook
 from dspy_lora.errors import ConfigError
 from dspy_lora.lm import LoRALM
 

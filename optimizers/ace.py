@@ -22,7 +22,8 @@ from dspy_lora.optimizers.rollouts import Rollout, Rollouts
 from dspy_lora.optimizers.run_log import RunLog, digest
 
 from dspy_lora.context.deltas import Delta
-from dspy_lora.context.playbook import Embed, Playbook, attach
+from dspy_lora.context.playbook import Embed, Playbook
+from dspy_lora.context.taught import attach
 from dspy_lora.context.tokens import CountTokens
 from dspy_lora.errors import ConfigError
 

@@ -10,7 +10,8 @@ from dspy_lora.optimizers.ace_roles import Curator, Record, Reflector, RuleCurat
 from dspy_lora.optimizers.rollouts import Rollout
 
 from dspy_lora.context.deltas import Add, Delta, Update
-from dspy_lora.context.playbook import Playbook, own_playbook, told_bullets, with_playbook, without_playbook
+from dspy_lora.context.playbook import Playbook
+from dspy_lora.context.taught import own_playbook, told_bullets, with_playbook, without_playbook
 from dspy_lora.context.tokens import count_tokens_of, estimate_tokens
 from dspy_lora.errors import ConfigError
 

@@ -22,7 +22,8 @@ from dspy_lora.optimizers.ace_roles import RULES, Curator, Reflector, RuleCurato
 
 import dspy_lora
 from dspy_lora.context.deltas import Add, Merge, Remove, Update
-from dspy_lora.context.playbook import CLOSING, OPENING, Playbook
+from dspy_lora.context.playbook import Playbook
+from dspy_lora.context.taught import CLOSING, OPENING
 from dspy_lora.context.tokens import estimate_tokens
 from dspy_lora.errors import ConfigError, DataError
 

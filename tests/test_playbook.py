@@ -12,16 +12,8 @@ import pytest
 from hypothesis import given, settings
 
 from dspy_lora.context.deltas import Add, Delta, Merge, Remove, Update, ordered
-from dspy_lora.context.playbook import (
-    CLOSING,
-    OPENING,
-    Bullet,
-    Playbook,
-    bullet_id,
-    told_bullets,
-    with_playbook,
-    without_playbook,
-)
+from dspy_lora.context.playbook import Bullet, Playbook, bullet_id
+from dspy_lora.context.taught import CLOSING, OPENING, told_bullets, with_playbook, without_playbook
 from dspy_lora.errors import DataError, PublishError
 
 SECTIONS, TEXTS = ("Rules", "Facts"), ("one", "two", "three", "four")
