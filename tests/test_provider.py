@@ -1,6 +1,7 @@
 """LoRALM's provider: what DSPy's weight optimizers call, with a stand-in for the engine and a tiny base to train."""
 
 import copy
+import fcntl
 import json
 import os
 import pickle
@@ -296,6 +297,22 @@ def test_jobs_that_start_at_once_train_one_after_another_and_a_waiting_one_can_b
     assert not waiting[0].thread.is_alive()
     mark.touch()
     assert "status 4" in str(waiting[1].result())
+
+
+def test_an_equal_job_of_another_process_is_waited_for(lm, child):
+    child("sys.exit(5)")
+    failed = lm.finetune(chats(6), CHAT, {})
+    assert "status 5" in str(failed.result())
+    with (failed.folder / jobs.LOCK_FILE).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        waiting, cancelled = (lm.finetune(chats(6), CHAT, {}) for _ in range(2))
+        time.sleep(0.5)
+        assert waiting.status()["status"] == cancelled.status()["status"] == "pending"
+        assert cancelled.cancel()
+        cancelled.thread.join(10)
+        assert not cancelled.thread.is_alive()
+    assert "status 5" in str(waiting.result())
+    assert waiting.folder == failed.folder
 
 
 def test_a_cancelled_job_ends_its_process(lm, child):

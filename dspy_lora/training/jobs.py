@@ -1,11 +1,13 @@
 """A training job as DSPy holds it: a future over a child process, with a state to ask for and a way to stop it."""
 
 import contextlib
+import fcntl
 import json
 import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, InvalidStateError
 from pathlib import Path
@@ -21,6 +23,7 @@ from dspy_lora.training.run import CARD_FILE, METRICS_FILE
 
 SETTINGS_FILE = "job.json"
 LOG_FILE = "train.log"
+LOCK_FILE = ".lock"  # held while a run goes on; the system frees it when a process dies
 ADAPTER_FOLDER = "adapter"
 
 _POLL_S = 0.2
@@ -121,12 +124,25 @@ class LoRATrainingJob(TrainingJob):
 
     @contextlib.contextmanager
     def _turn(self, config: ChatConfig) -> Iterator[None]:
-        """Waits until no other job of this process trains, or this one is cancelled."""
-        while not _device.acquire(timeout=_POLL_S):
-            if self.cancelled():
-                raise TrainingError(f"{config.name}: the training was cancelled before it began.")
+        """Waits until no other job of this process trains and no equal one of another, or this one is cancelled."""
+
+        def wait(acquire: Callable[[], bool]) -> None:
+            while not acquire():
+                if self.cancelled():
+                    raise TrainingError(f"{config.name}: the training was cancelled before it began.")
+
+        def folder_is_free() -> bool:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            time.sleep(_POLL_S)
+            return False
+
+        wait(lambda: _device.acquire(timeout=_POLL_S))
         try:
-            yield
+            with (config.output_dir / LOCK_FILE).open("w") as file:
+                wait(folder_is_free)
+                yield
         finally:
             _device.release()
 
