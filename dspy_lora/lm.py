@@ -161,11 +161,7 @@ class LoRALM(dspy.LM):
         if domain is None:
             return None
         revision = self._registry.resolve(domain)
-        if revision.base != self._base.revision:
-            raise AdapterError(
-                f"adapter {revision.ref!r} was made for base {revision.base_name!r} ({revision.base}), not for "
-                f"{self._base.name!r} ({self._base.revision}). Give its own base, or train it on this one."
-            )
+        revision.check_base(self._base, "Give its own base")
         return revision
 
     def _auto_route(self) -> AutoRoute:

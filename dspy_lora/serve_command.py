@@ -95,11 +95,7 @@ def _all_adapters(registry: AdapterRegistry, base: Base) -> list[Revision]:
 def _named_adapters(registry: AdapterRegistry, base: Base, names: list[str]) -> list[Revision]:
     found = {revision.ref: revision for revision in map(registry.resolve, names)}
     for revision in found.values():
-        if revision.base != base.revision:
-            raise AdapterError(
-                f"adapter {revision.ref!r} was made for base {revision.base_name!r} ({revision.base}), not for "
-                f"{base.name!r} ({base.revision}). Serve its own base with --base-model, or train it on this one."
-            )
+        revision.check_base(base, "Serve its own base with --base-model")
     return list(found.values())
 
 

@@ -59,6 +59,14 @@ class Revision:
         """Bytes of its files."""
         return sum(self.sizes.values())
 
+    def check_base(self, base: Base, remedy: str) -> None:
+        """Raises AdapterError if it was made for another base than this; ``remedy`` says what to do instead."""
+        if self.base != base.revision:
+            raise AdapterError(
+                f"adapter {self.ref!r} was made for base {self.base_name!r} ({self.base}), not for {base.name!r} "
+                f"({base.revision}). {remedy}, or train it on this one."
+            )
+
     def to_json(self) -> str:
         """What ``revision.json`` holds: all but the place."""
         record = dataclasses.asdict(self)
