@@ -10,7 +10,7 @@ from dspy import lm15
 from dspy_lora.detection.classifier import DomainClassifier
 
 NAME = "auto"
-_MARK = re.compile(r"\[\[ ## \w+ ## \]\]")
+_MARK = re.compile(r"\[\[ ## \w+ ## \]\]|</?\w+>")
 _CLOSING = re.compile(r"\n\nRespond with .*", re.DOTALL)  # what DSPy's adapters end a prompt with
 
 

@@ -23,7 +23,7 @@ def request(signature, demos=(), **inputs):
     return lm15.Request(model="m", messages=tuple(lm15.Message.user(each["content"]) for each in messages))
 
 
-@pytest.mark.parametrize("adapter", [dspy.ChatAdapter(), dspy.JSONAdapter()])
+@pytest.mark.parametrize("adapter", [dspy.ChatAdapter(), dspy.JSONAdapter(), dspy.XMLAdapter()])
 def test_the_question_is_the_last_message_without_what_dspy_writes_around_it(adapter):
     demo = {"text": "an earlier row", "label": "x"}
     messages = adapter.format(dspy.Signature("text, note -> label"), [demo], {"text": CLAUSE, "note": "n"})
