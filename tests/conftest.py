@@ -61,6 +61,16 @@ def data_root(pytestconfig: pytest.Config) -> Path:
     return root
 
 
+@pytest.fixture
+def mlflow(tmp_path):
+    """MLflow with a store and an experiment, ``tests``, of the test's own: both are global to the process."""
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    mlflow.create_experiment("tests", artifact_location=str(tmp_path / "artifacts"))
+    mlflow.set_experiment("tests")
+    return mlflow
+
+
 @pytest.fixture(scope="session")
 def make_lm():
     """Makes LoRALMs of the seedling that share one engine, in float32: an answer does not depend on the batch."""

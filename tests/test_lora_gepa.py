@@ -497,16 +497,12 @@ def test_mlflow_s_autolog_finds_its_compile():
 
 
 @pytest.mark.filterwarnings("ignore")  # MLflow's own, and it logs nothing more where one is an error
-def test_mlflow_autolog(world, tmp_path):
-    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
-    mlflow.create_experiment("loragepa", artifact_location=str(tmp_path / "artifacts"))
-    mlflow.set_experiment("loragepa")
+def test_mlflow_autolog(world, mlflow):
     mlflow.dspy.autolog(log_compiles=True, log_traces=False, silent=True)
     try:
         with dspy.context(lm=LoRALM()):
             compiled = optimizer().compile(dspy.Predict("text -> label"), trainset=rows(40), valset=rows(40, shift=40))
-        (run,) = mlflow.search_runs(experiment_names=["loragepa"], output_format="list")
+        (run,) = mlflow.search_runs(experiment_names=["tests"], output_format="list")
         logged = [each.path for each in mlflow.MlflowClient().list_artifacts(run.info.run_id)]
     finally:
         mlflow.dspy.autolog(disable=True)

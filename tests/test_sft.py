@@ -704,12 +704,9 @@ def test_trackers_get_the_trainers_reports(base: Path, tmp_path: Path, monkeypat
 
 
 @pytest.mark.filterwarnings("ignore")  # MLflow's own
-def test_mlflow_gets_the_losses(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    monkeypatch.chdir(tmp_path)  # where MLflow puts artifacts
+def test_mlflow_gets_the_losses(base: Path, tmp_path: Path, mlflow: Any) -> None:
     train(short(base, tmp_path / "run", report_to=("mlflow",), max_steps=4, quiet=True))
-    (run,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
+    (run,) = mlflow.search_runs(experiment_names=["tests"], output_format="list")
     history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "loss")
     assert [each.step for each in history] == [1, 2, 3, 4]
 
