@@ -1,5 +1,7 @@
 """``dspy-lora tune``: tile settings of vLLM's LoRA kernels for one GPU and a model's shapes, found by timing them.
 
+No GPU has run it yet, so the command line does not offer it: cli.py lists a command once it has been seen to work.
+
 command.py   ``dspy-lora tune``: flags, table
 shapes.py    which products the kernels compute for a model, from its config.json
 settings.py  tile settings that a kernel may run with, and the neighbours of one
