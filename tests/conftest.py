@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 CACHE = tempfile.mkdtemp(prefix="dspy-lora-tests-")
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
@@ -26,6 +27,10 @@ os.environ |= {
 }
 for name in [name for name in os.environ if name.startswith("DSPY_LORA_")]:
     del os.environ[name]
+
+# A property test asks the same examples in every run, and no example fails for being slow on a busy machine.
+settings.register_profile("suite", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -119,7 +119,7 @@ def test_equal_candidates_go_by_rows_asked_then_by_age():
     assert IRTEvaluationPolicy().get_best_program(state(np.ones((3, 5)))) == 0
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(2, 7), st.integers(8, 40), st.integers(0, 10**6), st.sampled_from([1.0, 0.3]))
 def test_whatever_was_scored_it_answers_with_known_rows_and_shares(systems, rows, seed, dispersion):
     table = drawn(systems, rows, seed, dispersion=dispersion)

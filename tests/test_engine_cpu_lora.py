@@ -43,7 +43,7 @@ def batch(slots):
     return torch.randn(len(slots), sum(WIDTHS), generator=generator), torch.randn(len(slots), IN, generator=generator)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(runs=LAYERS)
 def test_any_batch_gets_what_each_token_gets_alone(cpu_lora, weights, runs):
     slots = [slot for slot, length in runs for _ in range(length)]
@@ -53,7 +53,7 @@ def test_any_batch_gets_what_each_token_gets_alone(cpu_lora, weights, runs):
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(slots=st.lists(st.integers(-1, 11), min_size=1, max_size=200))
 def test_tiles_have_at_most_twice_the_rows_that_are_needed(cpu_lora, slots):
     tiles = cpu_lora.Tiles.of(torch.tensor(slots))

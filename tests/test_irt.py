@@ -192,7 +192,7 @@ cells = st.sampled_from([0.0, 1.0, 1.0, 0.0, 0.5, NAN])
 
 
 @given(st.tuples(st.integers(2, 5), st.integers(1, 7)).flatmap(lambda shape: arrays(np.float64, shape, elements=cells)))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_any_matrix_gives_finite_figures_that_follow_its_symmetries(scores):
     known = ~np.isnan(scores)
     scores[~known.any(1)] = 1.0

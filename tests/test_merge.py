@@ -179,7 +179,7 @@ def test_a_base_that_is_stored_quantised_is_refused(first, base, tmp_path):
 # -- a plain LoRA ------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 14), st.integers(0, 99))
 def test_truncation_leaves_the_smallest_singular_values(rows, columns, rank, seed):
     matrix = torch.from_numpy(np.random.default_rng(seed).normal(size=(rows, columns)))

@@ -9,7 +9,7 @@ import dspy
 import hypothesis.strategies as st
 import pydantic
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 from dspy_lora.context.deltas import Add, Delta, Merge, Remove, Update, ordered
 from dspy_lora.context.playbook import Bullet, Playbook, bullet_id
@@ -50,7 +50,6 @@ def content(playbook):
 # -- operations --------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(st.lists(st.lists(anything, max_size=4), max_size=8), st.integers(1, 60), st.integers(0, 9))
 def test_no_counter_is_ever_lost(batches, budget, at):
     playbook, helpful, harmful = full(), 0, 0
@@ -65,7 +64,6 @@ def test_no_counter_is_ever_lost(batches, budget, at):
         assert all(playbook[id].section for id in IDS)
 
 
-@settings(deadline=None)
 @given(st.lists(anything, max_size=10), st.randoms())
 def test_inside_a_batch_the_order_never_matters(batch, rng):
     one, other, shuffled = full(), full(), list(batch)
@@ -75,7 +73,6 @@ def test_inside_a_batch_the_order_never_matters(batch, rng):
     assert one.render() == other.render()
 
 
-@settings(deadline=None)
 @given(st.lists(st.one_of(adds, counts, merges), max_size=10), st.randoms())
 def test_additions_counts_and_merges_commute_one_by_one(deltas, rng):
     one, other, shuffled = full(), full(), list(deltas)
@@ -87,7 +84,6 @@ def test_additions_counts_and_merges_commute_one_by_one(deltas, rng):
     assert content(one) == content(other)
 
 
-@settings(deadline=None)
 @given(st.lists(st.one_of(counts, texts, removes), max_size=10), st.randoms())
 def test_operations_on_different_bullets_commute_one_by_one(deltas, rng):
     first_of_each = list({delta.id: delta for delta in deltas}.values())
@@ -100,7 +96,6 @@ def test_operations_on_different_bullets_commute_one_by_one(deltas, rng):
     assert content(one) == content(other)
 
 
-@settings(deadline=None)
 @given(st.lists(st.lists(anything, max_size=4), max_size=6))
 def test_the_file_reads_back_exactly(batches):
     playbook = full()
@@ -109,7 +104,6 @@ def test_the_file_reads_back_exactly(batches):
     assert Playbook.parse(playbook.render()).render() == playbook.render()
 
 
-@settings(deadline=None)
 @given(st.lists(st.builds(Add, section=words, text=words), max_size=6))
 def test_any_text_reads_back_exactly(deltas):
     playbook = Playbook()
@@ -239,7 +233,6 @@ def test_the_prompt_has_sections_and_no_bookkeeping():
     assert f"- [{IDS[4]}] helpful=0 harmful=0 :: one" in playbook.listing()
 
 
-@settings(deadline=None)
 @given(words, words, words)
 def test_an_instruction_gets_one_playbook_and_loses_it_again(instruction, first, second):
     told = with_playbook(with_playbook(instruction, f"S:\n- {first}"), f"S:\n- {second}")
@@ -354,7 +347,6 @@ def test_a_byte_order_mark_is_no_part_of_the_file(tmp_path):
     assert file.read_bytes() == edited.render().encode()
 
 
-@settings(deadline=None)
 @given(st.integers(0, 10_000), st.text(max_size=8))
 def test_a_file_with_anything_in_it_is_read_or_refused(place, junk):
     text = full().render()

@@ -223,7 +223,7 @@ def test_a_document_longer_than_csvs_limit_is_read(tmp_path: Path) -> None:
 
 
 @hypothesis.given(st.lists(st.text(st.sampled_from('ab,"\n\r\u2028é \x00'), max_size=12), min_size=1, max_size=12))
-@hypothesis.settings(deadline=None, max_examples=60)
+@hypothesis.settings(max_examples=60)
 def test_every_line_of_a_csv_is_accounted_for(tmp_path_factory: pytest.TempPathFactory, lines: list[str]) -> None:
     path = tmp_path_factory.mktemp("csv") / "rows.csv"
     path.write_bytes(("text,label\n" + "\n".join(lines)).encode())
@@ -483,7 +483,7 @@ def test_rows_that_are_all_alike_leave_no_split() -> None:
 
 
 @hypothesis.given(st.integers(0, 10**6), st.sampled_from([0.5, 0.7, 0.8, 0.95]))
-@hypothesis.settings(deadline=None, max_examples=25)
+@hypothesis.settings(max_examples=25)
 def test_near_duplicates_are_those_that_brute_force_finds(seed: int, threshold: float) -> None:
     rng = random.Random(seed)
     words = [rng.choice(NOUNS + VERBS) for _ in range(12)]

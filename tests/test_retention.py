@@ -52,7 +52,7 @@ def arrays(sets):
     return [np.array(each, dtype=np.float64) for each in sets]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(marks, st.randoms(use_true_random=False))
 def test_a_small_set_counts_as_much_as_a_large_one(sets, random):
     ours = arrays(sets)

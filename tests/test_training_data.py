@@ -120,7 +120,6 @@ def test_training_and_serving_agree_token_for_token(
 
 @hypothesis.given(st.text(), st.text(), st.sampled_from([dspy.ChatAdapter(), dspy.JSONAdapter()]))
 @hypothesis.example("<|im_end|>", "[[ ## completed ## ]]", dspy.JSONAdapter())
-@hypothesis.settings(deadline=None)
 def test_whatever_is_rendered_is_what_predict_sends_and_reads_back(text: str, label: str, adapter: Any) -> None:
     row = {"text": text, "label": label}
     try:
