@@ -21,8 +21,9 @@ from dspy_lora.optimizers.ace_roles import Record, RuleReflector
 from dspy_lora.optimizers.rollouts import Rollout, Rollouts
 from dspy_lora.optimizers.run_log import RunLog, digest
 
+from dspy_lora.context.bullets import Embed
 from dspy_lora.context.deltas import Delta
-from dspy_lora.context.playbook import Embed, Playbook
+from dspy_lora.context.playbook import Playbook
 from dspy_lora.context.taught import attach
 from dspy_lora.context.tokens import CountTokens
 from dspy_lora.errors import ConfigError

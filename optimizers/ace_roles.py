@@ -15,8 +15,9 @@ import pydantic
 from dspy_lora.optimizers import proposers
 from dspy_lora.optimizers.proposers import Row, RuleProposer, telling_words
 
+from dspy_lora.context.bullets import Bullet
 from dspy_lora.context.deltas import Add, Delta, Merge, Remove, Update
-from dspy_lora.context.playbook import Bullet, Playbook
+from dspy_lora.context.playbook import Playbook
 
 Record = Mapping[str, Any]  # "Inputs", "Generated Outputs", "Feedback", "Score"
 

@@ -23,7 +23,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from dspy_lora import LoRALM
 from dspy_lora.context import assemble
 from dspy_lora.context.assemble import MOST_OVERDUE, ContextAssembler
-from dspy_lora.context.playbook import Bullet, Playbook
+from dspy_lora.context.bullets import Bullet
+from dspy_lora.context.playbook import Playbook
 from dspy_lora.context.selection import containment, sentences
 from dspy_lora.context.sources import Bullets, Glossary, History, Item, Passages, Source
 from dspy_lora.context.tokens import count_tokens_of, estimate_tokens

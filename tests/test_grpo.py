@@ -17,15 +17,10 @@ for package in ("transformers", "peft"):
 
 from dspy_lora.adapters.base import resolve_base  # noqa: E402
 from dspy_lora.errors import DataError, DivergedError  # noqa: E402
-from dspy_lora.training.grpo import (  # noqa: E402
-    Answer,
-    Batch,
-    GroupTrainer,
-    GRPOSettings,
-    advantages,
-    token_losses,
-    token_weights,
-)
+from dspy_lora.training.grpo.batch import Answer, Batch  # noqa: E402
+from dspy_lora.training.grpo.loss import advantages, token_losses, token_weights  # noqa: E402
+from dspy_lora.training.grpo.settings import GRPOSettings  # noqa: E402
+from dspy_lora.training.grpo.trainer import GroupTrainer  # noqa: E402
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

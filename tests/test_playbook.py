@@ -11,8 +11,9 @@ import pydantic
 import pytest
 from hypothesis import given
 
+from dspy_lora.context.bullets import Bullet, bullet_id
 from dspy_lora.context.deltas import Add, Delta, Merge, Remove, Update, ordered
-from dspy_lora.context.playbook import Bullet, Playbook, bullet_id
+from dspy_lora.context.playbook import Playbook
 from dspy_lora.context.taught import CLOSING, OPENING, told_bullets, with_playbook, without_playbook
 from dspy_lora.errors import DataError, PublishError
 

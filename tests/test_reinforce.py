@@ -23,7 +23,9 @@ for package in ("torch", "transformers", "peft"):
 from dspy_lora import AdapterRegistry, LoRALM  # noqa: E402
 from dspy_lora.engine.local import LocalEngine  # noqa: E402
 from dspy_lora.errors import ConfigError, DataError, TrainingError  # noqa: E402
-from dspy_lora.training import grpo, reinforce  # noqa: E402
+from dspy_lora.training import reinforce  # noqa: E402
+from dspy_lora.training.grpo import process  # noqa: E402
+from dspy_lora.training.grpo.trainer import GroupTrainer  # noqa: E402
 from dspy_lora.training.reinforce import LoRAReinforceJob, TrainerProcess  # noqa: E402
 
 ANSWER = "[[ ## label ## ]]\n{}\n\n[[ ## completed ## ]]"
@@ -58,7 +60,7 @@ class InProcess:
     has_cuda = False
 
     def __init__(self, log: Path) -> None:
-        self.server = grpo._Server()
+        self.server = process._Server()
         self.asked: list[tuple[str, dict[str, Any]]] = []
 
     def ask(self, what: str, **arguments: Any) -> dict[str, Any]:
@@ -255,7 +257,7 @@ def test_engine_and_trainer_take_turns_on_one_gpu(lm, trainers, monkeypatch, sha
     events = []
     monkeypatch.setattr(InProcess, "has_cuda", True)
     monkeypatch.setattr(LoRALM, "kill", lambda lm: events.append("kill"))
-    monkeypatch.setattr(grpo.GroupTrainer, "move", lambda trainer, device: events.append(str(device)))
+    monkeypatch.setattr(GroupTrainer, "move", lambda trainer, device: events.append(str(device)))
     job = start(lm, share_gpu=share)
     job.step([{"batch_id": 0, "group": rollouts()}], "grpo_chat")
     here = str(trainers[0].server.trainer.device)

@@ -8,64 +8,21 @@ Operations on different bullets commute, and so do additions, counts and merges 
 stays. Inside a batch the order never matters.
 """
 
-import hashlib
-import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from dspy.predict.parameter import Parameter
 
 from dspy_lora.adapters.disk import staging, write, writing
+from dspy_lora.context import playbook_file
+from dspy_lora.context.bullets import Bullet, Embed, alike, bullet_id, by_section, place
 from dspy_lora.context.deltas import Add, Delta, Merge, Remove, Update, named, ordered
 from dspy_lora.errors import DataError, near
 
-FORMAT = "dspy-lora playbook 1"
-
-_HEAD = re.compile(
-    r"---\nformat: (?P<format>[^\n]*)\nversion: (?P<version>\d{1,18})\n(?:digest: (?P<digest>\w*)\n)?---\n"
-)
-_BULLET = re.compile(
-    r"- \[(?P<id>[^\s\]]+)\] helpful=(?P<helpful>\d{1,18}) harmful=(?P<harmful>\d{1,18}) :: (?P<text>\S.*)"
-)
-_MERGED = re.compile(r"- \[(?P<id>[^\s\]]+)\] -> \[(?P<heir>[^\s\]]+)\]")
-_LIVE, _RETIRED, _MERGES = "# Playbook", "# Removed", "# Merged"
-_SHOWN = 5  # problems of a file that are spelled out
-
-Embed = Callable[[list[str]], Any]  # texts to vectors, [texts, dimensions]
-
-
-@dataclass(frozen=True)
-class Bullet:
-    """One item of a playbook.
-
-    Attributes:
-        id: Made from its first section and text; it stays when the text changes.
-        section: Where it belongs.
-        text: One line.
-        helpful: How often it was seen to help.
-        harmful: How often it was seen to mislead.
-        removed: Whether it was taken out of the prompt.
-    """
-
-    id: str
-    section: str
-    text: str
-    helpful: int = 0
-    harmful: int = 0
-    removed: bool = False
-
-    @property
-    def worth(self) -> int:
-        """Helpful minus harmful."""
-        return self.helpful - self.harmful
-
-    def line(self) -> str:
-        """The bullet as the file has it."""
-        return f"- [{self.id}] helpful={self.helpful} harmful={self.harmful} :: {self.text}"
+_SHOWN = 5  # refused operations that are spelled out
 
 
 class Playbook(Parameter):
@@ -94,13 +51,13 @@ class Playbook(Parameter):
     def bullets(self) -> list[Bullet]:
         """What the prompt holds, by section and text."""
         with self._lock:
-            return sorted((b for b in self._bullets.values() if not b.removed), key=_place)
+            return sorted((b for b in self._bullets.values() if not b.removed), key=place)
 
     @property
     def removed(self) -> list[Bullet]:
         """What it held, by section and text."""
         with self._lock:
-            return sorted((b for b in self._bullets.values() if b.removed), key=_place)
+            return sorted((b for b in self._bullets.values() if b.removed), key=place)
 
     def __len__(self) -> int:
         return len(self.bullets)
@@ -126,13 +83,13 @@ class Playbook(Parameter):
         A section ``"summarize / Length"`` is headed ``Length``.
         """
         lines: list[str] = []
-        for section, bullets in _by_section(self.bullets):
+        for section, bullets in by_section(self.bullets):
             lines += [f"{section.split(' / ')[-1]}:", *(f"- {bullet.text}" for bullet in bullets)]
         return "\n".join(lines)
 
     def listing(self) -> str:
         """What a reflector or curator reads: the same bullets as ``prompt``, with ids and counters."""
-        return "\n".join(_listed(_LIVE, self.bullets))
+        return playbook_file.listing(self.bullets)
 
     # -- changing --------------------------------------------------------------------------------------------------
 
@@ -217,8 +174,8 @@ class Playbook(Parameter):
         with self._lock:
             before = len(self)
             merges: list[Delta] = []
-            for _, bullets in _by_section(self.bullets):
-                for group in _groups(bullets, embed, threshold):
+            for _, bullets in by_section(self.bullets):
+                for group in alike(bullets, embed, threshold):
                     best = min(group, key=lambda bullet: (-bullet.worth, bullet.id))
                     merges += [Merge(ids=tuple(b.id for b in group), text=best.text)] if len(group) > 1 else []
             self.apply(merges)
@@ -250,16 +207,7 @@ class Playbook(Parameter):
     def render(self) -> str:
         """The playbook as Markdown; ``parse`` reads it back exactly."""
         with self._lock:
-            body = "\n".join(
-                [
-                    *_listed(_LIVE, self.bullets),
-                    *_listed(_RETIRED, self.removed),
-                    *([_MERGES, ""] if self._merged else []),
-                    *(f"- [{id}] -> [{heir}]" for id, heir in sorted(self._merged.items())),
-                    "",
-                ]
-            )
-            return f"---\nformat: {FORMAT}\nversion: {self.version}\ndigest: {_digest(self.version, body)}\n---\n{body}"
+            return playbook_file.written(self.bullets, self.removed, self._merged, self.version)
 
     @classmethod
     def parse(cls, text: str, source: str = "the text") -> "Playbook":
@@ -272,23 +220,7 @@ class Playbook(Parameter):
         Raises:
             DataError: Lines that mean nothing, each with its number.
         """
-        head = _HEAD.match(text)
-        if head is None or head["format"] != FORMAT:
-            raise DataError(
-                f"{source} is no playbook: it must begin with the lines '---', 'format: {FORMAT}', 'version: NUMBER' "
-                f"(at most 18 digits) and '---'; it begins with {text[:60]!r}. Mend them by hand."
-            )
-        reader = _Reader()
-        for number, line in enumerate(text[head.end() :].split("\n"), text[: head.end()].count("\n") + 1):
-            reader.read(number, line.strip())
-        reader.check_merges()
-        if reader.problems:
-            more = len(reader.problems) - _SHOWN
-            raise DataError(
-                f"{source} cannot be read as a playbook: {'; '.join(reader.problems[:_SHOWN])}"
-                f"{f'; and {more} more' if more > 0 else ''}. Mend these lines; nothing was changed."
-            )
-        return cls(reader.bullets.values(), reader.merged, int(head["version"]))
+        return cls(*playbook_file.read(text, source))
 
     def save(self, path: str | Path) -> None:
         """Writes the Markdown file in one step.
@@ -308,9 +240,7 @@ class Playbook(Parameter):
         if not path.exists():
             return
         text = path.read_text(encoding="utf-8-sig", errors="replace")
-        head = _HEAD.match(text)
-        ours = head is not None and head["format"] == FORMAT
-        if text == self._read or (head and ours and head["digest"] == _digest(head["version"], text[head.end() :])):
+        if text == self._read or playbook_file.untouched(text):
             return
         raise DataError(
             f"{str(path)!r} was edited by hand, or is no playbook, and is not overwritten. Playbook.load takes an "
@@ -375,103 +305,5 @@ class Playbook(Parameter):
         return f"Playbook(version={self.version}, bullets={len(self)}, removed={len(self.removed)})"
 
 
-def bullet_id(section: str, text: str) -> str:
-    """The id of a new bullet: the section's letters and 40 bits of a hash of both."""
-    slug = "-".join(re.findall(r"[a-z0-9]+", section.lower())[-3:]) or "bullet"
-    digest = hashlib.sha256("\n".join((section, text)).encode()).hexdigest()
-    return f"{slug}-{digest[:10]}"
-
-
-class _Reader:
-    """Reads a playbook's lines and collects what is wrong with them."""
-
-    def __init__(self) -> None:
-        self.bullets: dict[str, Bullet] = {}
-        self.merged: dict[str, str] = {}
-        self.problems: list[str] = []
-        self._part, self._section = "", ""
-
-    def read(self, number: int, line: str) -> None:
-        """Takes one line."""
-        if line in (_LIVE, _RETIRED, _MERGES):
-            self._part, self._section = line, ""
-        elif line.startswith("## ") and self._part in (_LIVE, _RETIRED):
-            self._section = " ".join(line[3:].split())
-        elif line and (problem := self._item(line)):
-            self.problems.append(f"line {number} {problem}: {line[:80]!r}")
-
-    def _item(self, line: str) -> str | None:
-        if self._part == _MERGES:
-            match = _MERGED.fullmatch(line)
-            if match is None or match["id"] in self.merged:
-                return "is no '- [id] -> [id]'" if match is None else "says what another line said"
-            self.merged[match["id"]] = match["heir"]
-            return None
-        if not line.startswith("- ") or not self._section:
-            return f"stands neither under a '## section' of {_LIVE!r} nor as a bullet '- text'"
-        return self._bullet(line)
-
-    def _bullet(self, line: str) -> str | None:
-        match = _BULLET.fullmatch(line)
-        if match is None and line.startswith("- ["):
-            return "is no '- [id] helpful=NUMBER harmful=NUMBER :: text' with NUMBERs of at most 18 digits"
-        text = " ".join((match["text"] if match else line[2:]).split())
-        id = match["id"] if match else bullet_id(self._section, text)
-        if id in self.bullets:
-            return f"has the id {id!r} of an earlier line"
-        counts = (int(match["helpful"]), int(match["harmful"])) if match else (0, 0)
-        self.bullets[id] = Bullet(id, self._section, text, *counts, self._part == _RETIRED)
-        return None
-
-    def check_merges(self) -> None:
-        """Every merged bullet must mean one that is there, and be none itself."""
-        for id, heir in self.merged.items():
-            if heir not in self.bullets or id in self.bullets:
-                self.problems.append(
-                    f"'[{id}] -> [{heir}]' does not lead from a bullet that is gone to one that is here"
-                )
-
-
-def _place(bullet: Bullet) -> tuple[str, str, str]:
-    return bullet.section, bullet.text, bullet.id
-
-
-def _by_section(bullets: Iterable[Bullet]) -> Iterator[tuple[str, list[Bullet]]]:
-    found: dict[str, list[Bullet]] = {}
-    for bullet in bullets:
-        found.setdefault(bullet.section, []).append(bullet)
-    yield from found.items()
-
-
-def _listed(title: str, bullets: Iterable[Bullet]) -> list[str]:
-    lines: list[str] = []
-    for section, part in _by_section(bullets):
-        lines += [f"## {section}", "", *(bullet.line() for bullet in part), ""]
-    return [title, "", *lines] if lines or title == _LIVE else []
-
-
-def _groups(bullets: Sequence[Bullet], embed: Embed | None, threshold: float) -> list[list[Bullet]]:
-    """Bullets that say the same as the first of their group."""
-    if embed is None:
-        same: dict[str, list[Bullet]] = {}
-        for bullet in bullets:
-            same.setdefault(" ".join(re.findall(r"\w+", bullet.text.casefold())) or bullet.text, []).append(bullet)
-        return list(same.values())
-    vectors = np.asarray(embed([bullet.text for bullet in bullets]), dtype=float)
-    vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    groups: list[list[int]] = []
-    for place, vector in enumerate(vectors):
-        near_one = next((group for group in groups if vectors[group[0]] @ vector >= threshold), None)
-        if near_one is None:
-            groups.append([place])
-        else:
-            near_one.append(place)
-    return [[bullets[place] for place in group] for group in groups]
-
-
 def _backwards(id: str) -> list[int]:
     return [-ord(letter) for letter in id]
-
-
-def _digest(version: int | str, body: str) -> str:
-    return hashlib.sha256(f"{version}\n{body}".encode()).hexdigest()[:12]

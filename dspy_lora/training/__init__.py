@@ -5,5 +5,5 @@ sft.py trains, watch.py and scoring.py measure while it does, run.py keeps the b
 to runs that end early, publishing.py hands out the adapter, sweep.py compares runs, command.py is ``dspy-lora train``.
 
 provider.py is what DSPy's weight optimizers train through: jobs.py a run in a process of its own, chats.py its rows;
-reinforce.py is a run of GRPO, grpo.py its loss and its process. full.py trains a whole copy, to compare with.
+reinforce.py is a run of GRPO, grpo/ its loss and its process. full.py trains a whole copy, to compare with.
 """

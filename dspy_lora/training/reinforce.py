@@ -30,7 +30,8 @@ from dspy_lora.engine.failures import ending, last_lines
 from dspy_lora.engine.local import LocalEngine
 from dspy_lora.engine.processes import kill_group
 from dspy_lora.errors import ConfigError, DataError, DivergedError, MissingDependencyError, TrainingError, near
-from dspy_lora.training.grpo import Group, GRPOSettings
+from dspy_lora.training.grpo.settings import GRPOSettings
+from dspy_lora.training.grpo.trainer import Group
 
 if TYPE_CHECKING:
     from dspy_lora.lm import LoRALM
@@ -269,7 +270,7 @@ class TrainerProcess:
         self._log = log
         with log.open("wb") as file:
             self._child = subprocess.Popen(
-                [sys.executable, "-P", "-m", "dspy_lora.training.grpo"],
+                [sys.executable, "-P", "-m", "dspy_lora.training.grpo.process"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,

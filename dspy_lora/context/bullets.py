@@ -1,0 +1,80 @@
+"""The items of a playbook: one line each, with what it was good for."""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Embed = Callable[[list[str]], Any]  # texts to vectors, [texts, dimensions]
+
+
+@dataclass(frozen=True)
+class Bullet:
+    """One item of a playbook.
+
+    Attributes:
+        id: Made from its first section and text; it stays when the text changes.
+        section: Where it belongs.
+        text: One line.
+        helpful: How often it was seen to help.
+        harmful: How often it was seen to mislead.
+        removed: Whether it was taken out of the prompt.
+    """
+
+    id: str
+    section: str
+    text: str
+    helpful: int = 0
+    harmful: int = 0
+    removed: bool = False
+
+    @property
+    def worth(self) -> int:
+        """Helpful minus harmful."""
+        return self.helpful - self.harmful
+
+    def line(self) -> str:
+        """The bullet as the file has it."""
+        return f"- [{self.id}] helpful={self.helpful} harmful={self.harmful} :: {self.text}"
+
+
+def bullet_id(section: str, text: str) -> str:
+    """The id of a new bullet: the section's letters and 40 bits of a hash of both."""
+    slug = "-".join(re.findall(r"[a-z0-9]+", section.lower())[-3:]) or "bullet"
+    digest = hashlib.sha256("\n".join((section, text)).encode()).hexdigest()
+    return f"{slug}-{digest[:10]}"
+
+
+def place(bullet: Bullet) -> tuple[str, str, str]:
+    """Where a bullet stands among others: by section and text."""
+    return bullet.section, bullet.text, bullet.id
+
+
+def by_section(bullets: Iterable[Bullet]) -> Iterator[tuple[str, list[Bullet]]]:
+    """Each section with its bullets, in their order."""
+    found: dict[str, list[Bullet]] = {}
+    for bullet in bullets:
+        found.setdefault(bullet.section, []).append(bullet)
+    yield from found.items()
+
+
+def alike(bullets: Sequence[Bullet], embed: Embed | None, threshold: float) -> list[list[Bullet]]:
+    """Bullets that say the same as the first of their group."""
+    if embed is None:
+        same: dict[str, list[Bullet]] = {}
+        for bullet in bullets:
+            same.setdefault(" ".join(re.findall(r"\w+", bullet.text.casefold())) or bullet.text, []).append(bullet)
+        return list(same.values())
+    vectors = np.asarray(embed([bullet.text for bullet in bullets]), dtype=float)
+    vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    groups: list[list[int]] = []
+    for place, vector in enumerate(vectors):
+        near_one = next((group for group in groups if vectors[group[0]] @ vector >= threshold), None)
+        if near_one is None:
+            groups.append([place])
+        else:
+            near_one.append(place)
+    return [[bullets[place] for place in group] for group in groups]
