@@ -15,6 +15,7 @@ from dspy_lora.auto import NAME as AUTO
 from dspy_lora.auto import AutoRoute
 from dspy_lora.config import load_config
 from dspy_lora.detection.classifier import DomainClassifier
+from dspy_lora.engine.flights import aflight, flight, flight_key
 from dspy_lora.engine.local import AsyncLocalEngine, LocalEngine, async_local_engine, local_engine
 from dspy_lora.engine.protocol import Adapter
 from dspy_lora.engine.samples import sampling
@@ -209,16 +210,17 @@ class LoRALM(dspy.LM):
     # -- calls -----------------------------------------------------------------------------------------------------
 
     def __call__(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
-        """Answers a prompt as ``dspy.LM`` does; ``n`` samples are one engine request."""
+        """Answers a prompt as ``dspy.LM`` does; ``n`` samples are one engine request, and so are equal cached calls."""
         kwargs = _with_knobs(kwargs, self.kwargs)
-        with sampling(_samples(prompt, kwargs, self.kwargs)):
+        with flight(flight_key(self, prompt, messages, kwargs)), sampling(_samples(prompt, kwargs, self.kwargs)):
             return super().__call__(prompt, messages=messages, **kwargs)
 
     async def acall(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
         """Async equivalent of ``__call__``."""
         kwargs = _with_knobs(kwargs, self.kwargs)
         with sampling(_samples(prompt, kwargs, self.kwargs)):
-            return await super().acall(prompt, messages=messages, **kwargs)
+            async with aflight(flight_key(self, prompt, messages, kwargs)):
+                return await super().acall(prompt, messages=messages, **kwargs)
 
     # -- the engine ------------------------------------------------------------------------------------------------
 

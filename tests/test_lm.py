@@ -184,6 +184,22 @@ def test_logprobs_give_the_chosen_token_and_the_likeliest(lm):
     assert not answer["logprobs"]["content"][0]["top_logprobs"]
 
 
+def test_equal_cached_calls_at_once_are_one_request(lm, requests):
+    cached = lm.copy(cache=True)
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda _: cached("Asked by sixteen threads.", **LONG)[0], range(16)))
+    assert len(set(answers)) == 1 and requests() == 1
+    assert sum(bool(entry["usage"]) for entry in cached.history) == 1  # the others are the cache's
+
+    async def ask():
+        return await asyncio.gather(*(cached.acall("Asked by eight tasks.", **LONG) for _ in range(8)))
+
+    assert len({answer for [answer] in asyncio.run(ask())}) == 1 and requests() == 2
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: lm("Asked by four threads.", **LONG), range(4)))
+    assert requests() == 6  # without the cache each has its own
+
+
 class Counting(LocalEngine):
     """The engine, counting the tries."""
 

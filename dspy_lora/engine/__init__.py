@@ -9,5 +9,6 @@ remote.py     servers that speak the OpenAI API instead of a child process · ro
 settings.py   what an engine is started with · openai_server.py  vLLM's own server, started with the same settings
 failures.py   what to tell a user whose engine did not come up, or died
 processes.py  ending an engine with everything that belongs to it
-parsers.py    vLLM's reasoning and tool parsers · samples.py  n samples of a call · cpu_lora.py  LoRA on the CPU
+parsers.py    vLLM's reasoning and tool parsers · cpu_lora.py  LoRA on the CPU
+samples.py    n samples of a call · flights.py  equal calls at once
 """
