@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import zmq
 
+from dspy_lora.child import child_environment
 from dspy_lora.engine.failures import advice, ending, last_lines, root_cause
 from dspy_lora.engine.processes import kill_group
 from dspy_lora.engine.progress import Progress
@@ -143,7 +144,5 @@ def _environment(folder: Path) -> dict[str, str]:
     Where byte code may not be written, vLLM's processes compile their 6,000 modules anew at every start; that is half
     of the time of a start, so this wish is not passed on.
     """
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
-    package = str(Path(__file__).parents[2])
-    path = [entry for entry in (os.environ.get("PYTHONPATH"), package) if entry]
-    return environment | {"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1", "TMPDIR": str(folder)}
+    environment = {key: value for key, value in child_environment().items() if key != "PYTHONDONTWRITEBYTECODE"}
+    return environment | {"TMPDIR": str(folder)}

@@ -67,6 +67,15 @@ class MergedAdapter:
     agreements: tuple[Agreement, ...]
 
 
+@dataclass(frozen=True)
+class _Recipe:
+    method: str
+    weights: list[float]
+    density: float | None
+    rank: int
+    seed: int
+
+
 def merge_adapters(
     adapters: Sequence[str | Path],
     *,
@@ -119,35 +128,45 @@ def merge_adapters(
     place.check(found, sources)
     for source in sources:
         check_adapter(source.folder, found, LARGEST_RANK)
-    rank = _rank(sources, method, rank)
-    density = (DENSITY if density is None else density) if _prunes(method) else None
+    kept = (DENSITY if density is None else density) if _prunes(method) else None
+    recipe = _Recipe(method, scales, kept, _rank(sources, method, rank), seed)
     with contained(), place.draft() as draft:
-        tokenizer = load_tokenizer(found.path)
-        peft = load_adapters(found, sources)
-        answers = []
-        for number, (source, each) in enumerate(zip(sources, checks, strict=True)):
-            peft.set_adapter(str(number))
-            answers.append(Answers.of(peft, tokenizer, each, source))
-        factors = _combine(peft, method, scales, density, rank, seed)
-        del peft
-        with saving(draft):
-            write_lora(draft, factors, rank, found, _dtype(sources))
-        model = load_adapters(found, [find_source(draft, found_in)])
-        agreements = tuple(each.compare(model, tokenizer) for each in answers)
-        for agreement, each, source in zip(agreements, checks, sources, strict=True):
-            agreement.require(each, source.name)
-        facts = {
-            "method": method,
-            "weights": scales,
-            "density": density,
-            "seed": seed,
-            "rank": rank,
-            "agreement": [asdict(agreement) for agreement in agreements],
-        }
+        agreements = _merge(recipe, sources, found, checks, draft, found_in)
+        facts = asdict(recipe) | {"agreement": [asdict(agreement) for agreement in agreements]}
         with saving(draft):
             write_metadata(draft, record("several adapters", sources, found, **facts))
         folder, revision = place.accept(draft, found)
-    return MergedAdapter(folder, revision, found, sources, method, tuple(scales), density, rank, agreements)
+    return MergedAdapter(folder, revision, found, sources, method, tuple(scales), kept, recipe.rank, agreements)
+
+
+def _merge(
+    recipe: _Recipe,
+    sources: tuple[Source, ...],
+    base: Base,
+    checks: Sequence[Check],
+    draft: Path,
+    registry: AdapterRegistry,
+) -> tuple[Agreement, ...]:
+    """Writes the merged adapter, and asks it what each of the adapters was asked before.
+
+    Raises:
+        AdapterError: It answers differently from one of them.
+    """
+    tokenizer = load_tokenizer(base.path)
+    peft = load_adapters(base, sources)
+    answers = []
+    for number, (source, check) in enumerate(zip(sources, checks, strict=True)):
+        peft.set_adapter(str(number))
+        answers.append(Answers.of(peft, tokenizer, check, source))
+    factors = _combine(peft, recipe)
+    del peft
+    with saving(draft):
+        write_lora(draft, factors, recipe.rank, base, _dtype(sources))
+    model = load_adapters(base, [find_source(draft, registry)])
+    agreements = tuple(each.compare(model, tokenizer) for each in answers)
+    for agreement, check, source in zip(agreements, checks, sources, strict=True):
+        agreement.require(check, source.name)
+    return agreements
 
 
 def _prunes(method: str) -> bool:
@@ -212,9 +231,7 @@ def _rank(sources: Sequence[Source], method: str, rank: int | None) -> int:
     return int(ranks[0])
 
 
-def _combine(
-    peft: Any, method: str, weights: list[float], density: float | None, rank: int, seed: int
-) -> "dict[str, Factors]":
+def _combine(peft: Any, recipe: _Recipe) -> "dict[str, Factors]":
     """Lets PEFT combine the adapters, and takes B and A out of the layers.
 
     PEFT copies use_rslora from the first adapter while it chooses alpha for plain scaling, so the new adapter would act
@@ -223,17 +240,17 @@ def _combine(
     import torch
     from peft.tuners.lora import LoraLayer
 
-    torch.manual_seed(seed)
+    torch.manual_seed(recipe.seed)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The density .* no pruning will be performed")
         try:
             peft.add_weighted_adapter(
-                [str(number) for number in range(len(weights))],
-                weights,
+                [str(number) for number in range(len(recipe.weights))],
+                recipe.weights,
                 "merged",
-                combination_type=method,
-                density=density,
-                svd_rank=rank,
+                combination_type=recipe.method,
+                density=recipe.density,
+                svd_rank=recipe.rank,
                 svd_full_matrices=False,
             )
         except ValueError as exc:

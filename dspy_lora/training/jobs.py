@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -16,6 +15,7 @@ from typing import Any
 from dspy.clients.provider import TrainingJob
 from dspy.clients.utils_finetune import TrainingStatus
 
+from dspy_lora.child import child_environment
 from dspy_lora.engine.failures import ending, last_lines
 from dspy_lora.errors import TrainingError
 from dspy_lora.training.chats import ChatConfig
@@ -162,7 +162,7 @@ class LoRATrainingJob(TrainingJob):
                 text=True,
                 encoding="utf-8",
                 errors="replace",
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                env=child_environment(),
             )
         with process:
             try:

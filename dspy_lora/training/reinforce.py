@@ -9,7 +9,6 @@ import contextlib
 import itertools
 import json
 import logging
-import os
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from dspy.dsp.utils.settings import thread_local_overrides
 
 from dspy_lora.adapters.registry import AdapterRegistry, Revision
 from dspy_lora.adapters.revision import check_name
+from dspy_lora.child import child_environment
 from dspy_lora.config import load_config
 from dspy_lora.engine.failures import ending, last_lines
 from dspy_lora.engine.local import LocalEngine
@@ -277,7 +277,7 @@ class TrainerProcess:
                 start_new_session=True,  # Ctrl-C goes to the user's program, which ends this one
                 text=True,
                 encoding="utf-8",
-                env=_environment(),
+                env=child_environment(),
             )
         self._stop = weakref.finalize(self, _stop, self._child)
         self.has_cuda: bool = self._reply("starting")["cuda"]
@@ -326,11 +326,6 @@ def _stop(child: "subprocess.Popen[str]") -> None:
         if pipe is not None:
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
-
-
-def _environment() -> dict[str, str]:
-    path = [entry for entry in (os.environ.get("PYTHONPATH"), str(Path(__file__).parents[2])) if entry]
-    return dict(os.environ) | {"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
 
 
 def _settings(lm: "LoRALM", given: dict[str, Any]) -> GRPOSettings:
