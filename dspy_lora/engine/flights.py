@@ -21,8 +21,8 @@ def flight_key(lm: dspy.LM, prompt: Any, messages: Any, kwargs: dict[str, Any]) 
 
     Calls that differ for the cache and not here only wait for each other.
     """
-    cached = kwargs.get("cache", lm.cache) and (dspy.cache.enable_memory_cache or dspy.cache.enable_disk_cache)
-    if not cached or dspy.settings.send_stream is not None:
+    kept = any(getattr(dspy.cache, f"enable_{kind}_cache", True) for kind in ("memory", "disk"))
+    if not kept or not kwargs.get("cache", lm.cache) or dspy.settings.send_stream is not None:
         return None
     settings = sorted((lm.kwargs | kwargs).items())
     fork = os.getpid()  # which waits for nobody of the process it came from
