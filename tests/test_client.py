@@ -382,10 +382,7 @@ def test_sending_to_a_host_that_is_gone_does_not_block(monkeypatch):
         dead.start()
         dead.process.kill()
         dead.process.wait()
-        sending = threading.Thread(target=dead.send, args=(Command(1, "stats"),), daemon=True)
-        sending.start()
-        sending.join(30)
-        assert not sending.is_alive()
+        dead.send(Command(1, "stats"))  # pytest's time limit ends a call that blocks
     finally:
         dead.stop()
     dead.send(Command(2, "stats"))  # nor to one that is stopped

@@ -71,10 +71,10 @@ def alike(bullets: Sequence[Bullet], embed: Embed | None, threshold: float) -> l
     vectors = np.asarray(embed([bullet.text for bullet in bullets]), dtype=float)
     vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     groups: list[list[int]] = []
-    for place, vector in enumerate(vectors):
+    for number, vector in enumerate(vectors):
         near_one = next((group for group in groups if vectors[group[0]] @ vector >= threshold), None)
         if near_one is None:
-            groups.append([place])
+            groups.append([number])
         else:
-            near_one.append(place)
-    return [[bullets[place] for place in group] for group in groups]
+            near_one.append(number)
+    return [[bullets[number] for number in group] for group in groups]
