@@ -210,7 +210,7 @@ class LoRALM(dspy.LM):
     # -- calls -----------------------------------------------------------------------------------------------------
 
     def __call__(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
-        """Answers a prompt as ``dspy.LM`` does; ``n`` samples are one request, and so are equal cached calls at once."""
+        """As ``dspy.LM``; ``n`` samples are one engine request, and so are equal cached calls at once."""
         kwargs = _with_knobs(kwargs, self.kwargs)
         with flight(flight_key(self, prompt, messages, kwargs)), sampling(_samples(prompt, kwargs, self.kwargs)):
             return super().__call__(prompt, messages=messages, **kwargs)
