@@ -5,8 +5,10 @@ is fixed, one arm is wanted, and whole rounds run as one mixed batch. All arms o
 hard row costs every arm alike. Where the product of all predictors' choices is small enough for three rows each it is
 raced whole, because the best single choices need not be the best pair. Else a balanced design comes first: on every row
 each adapter of each predictor takes part once, among random partners (a Latin hypercube), which tells the adapters'
-main effects; from the best of each a coordinate ascent goes on among each predictor's better half and what it starts
-with, the base model as a rule: where only that gives right answers, few of the screening's rows show it.
+main effects; from the best of each an ascent goes on among each predictor's better half and what it starts with, the
+base model as a rule: where only that gives right answers, few of the screening's rows show it. The ascent moves all
+predictors at once (a Jacobi step, not one coordinate after another), which makes few large batches of many small ones;
+as predictors may not suit one another, whatever won on the way meets in a last race of whole assignments.
 """
 
 import itertools
@@ -28,6 +30,7 @@ _FIRST_ROWS = 3  # of each arm in the first round: fewer and a good arm falls by
 _SCREENING = 0.25  # share of the budget; the rest is the ascent's
 _LIKELY = 0.5  # share of a predictor's adapters that the ascent tries
 _SWEEPS = 2
+_MEETING = 0.25  # of a sweep's scores, for the last race
 _KEPT = 4  # assignments that the race hands on
 
 
@@ -113,23 +116,29 @@ class Racer:
 
     def halve(self, arms: list[Assignment], budget: int) -> list[Assignment]:
         """Ranks arms by dropping the worse half after every round; the program as it is always takes part."""
-        alive = self._ordered(dict.fromkeys([self.start, *arms]), 0)
-        dropped: list[Assignment] = []
+        return self._halve_together([[self.start, *arms]], budget)[0]
+
+    def _halve_together(self, heats: Sequence[Sequence[Assignment]], budget: int) -> list[list[Assignment]]:
+        """Ranks the arms of each heat; a round of all heats is one batch."""
+        alive = [self._ordered(dict.fromkeys(arms), 0) for arms in heats]
+        dropped: list[list[Assignment]] = [[] for _ in heats]
         end = self.calls + budget
-        while len(alive) > 1:
-            left = math.ceil(math.log2(len(alive)))
-            wanted = max(_FIRST_ROWS, (end - self.calls) // left // len(alive))
-            rows = min(len(self.rows), self._least(alive) + wanted)
-            if not self._extend(alive, rows, end):
+        while running := [arms for arms in alive if len(arms) > 1]:
+            left = max(math.ceil(math.log2(len(arms))) for arms in running)
+            asked = list(dict.fromkeys(itertools.chain(*running)))
+            wanted = max(_FIRST_ROWS, (end - self.calls) // left // len(asked))
+            rows = min(len(self.rows), self._least(asked) + wanted)
+            if not self._extend(asked, rows, end):
                 break
-            alive = self._ordered(dict.fromkeys(alive), rows)
-            best = self.standings[alive[0]].mean(rows)
-            self.rounds.append(f"{len(alive)} assignments on {rows} rows, best {best:.3f}")
+            for heat, arms in enumerate(alive):
+                alive[heat] = arms = self._ordered(dict.fromkeys(arms), rows)
+                keep = math.ceil(len(arms) / 2) if left > 1 else len(arms)
+                alive[heat], dropped[heat] = arms[:keep], arms[keep:] + dropped[heat]
+            best = max(self.standings[arms[0]].mean(rows) for arms in alive)
+            self.rounds.append(f"{len(asked)} assignments on {rows} rows, best {best:.3f}")
             if left == 1:
                 break
-            keep = math.ceil(len(alive) / 2)
-            alive, dropped = alive[:keep], alive[keep:] + dropped
-        return alive + dropped
+        return [kept + out for kept, out in zip(alive, dropped, strict=True)]
 
     def _least(self, arms: Sequence[Assignment]) -> int:
         return min(len(self.standings.setdefault(arm, Standing(arm)).scores) for arm in arms)
@@ -207,14 +216,12 @@ class Racer:
         return spread[:count]
 
     def _ascend(self, top: Sequence[str], likely: Sequence[Sequence[str]]) -> list[Assignment]:
-        """Tries adapters for one predictor after another while the others stand still."""
-        top, ranking = tuple(top), list[Assignment]()
-        places = [place for place, arms in enumerate(likely) if len(arms) > 1] * _SWEEPS
-        for number, place in enumerate(places):
-            share = (self.budget - self.calls) // (len(places) - number)
-            arms = [(*top[:place], arm, *top[place + 1 :]) for arm in likely[place]]
-            if (cost := _FIRST_ROWS * len(arms)) > share:
-                continue
-            ranking = self.halve(arms, max(cost, share))
-            top = ranking[0]
-        return list(dict.fromkeys([top, *ranking]))
+        """Tries adapters for every predictor while its partners stand still; whatever won on the way meets at the end."""
+        top = tuple(top)
+        met = [top]
+        for sweep in range(_SWEEPS):
+            heats = [[(*top[:at], arm, *top[at + 1 :]) for arm in arms] for at, arms in enumerate(likely)]
+            rankings = self._halve_together(heats, int((self.budget - self.calls) / (_SWEEPS - sweep + _MEETING)))
+            top = tuple(ranking[0][at] for at, ranking in enumerate(rankings))
+            met += [top, *(ranking[0] for ranking in rankings)]
+        return self.halve(met[::-1], self.budget - self.calls)
