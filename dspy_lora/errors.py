@@ -67,6 +67,14 @@ class MissingDependencyError(DspyLoraError, ImportError):
     """A package that an extra brings is not installed; the message names the command."""
 
 
+class TuningError(DspyLoraError, RuntimeError):
+    """This machine cannot time vLLM's LoRA kernels, or their own defaults fail on it."""
+
+
+class CrashError(TuningError):
+    """A setting broke the CUDA context: it is noted as refused, and a new process can go on."""
+
+
 class EngineError(DspyLoraError, RuntimeError):
     """The engine process cannot do what was asked."""
 

@@ -216,7 +216,7 @@ class Racer:
         return spread[:count]
 
     def _ascend(self, top: Sequence[str], likely: Sequence[Sequence[str]]) -> list[Assignment]:
-        """Tries adapters for every predictor while its partners stand still; whatever won on the way meets at the end."""
+        """Tries adapters for all predictors at once, each among its partners as they stand; the winners meet at the end."""
         top = tuple(top)
         met = [top]
         for sweep in range(_SWEEPS):

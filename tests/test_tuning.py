@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from dspy_lora.errors import ConfigError
+from dspy_lora.errors import ConfigError, CrashError, TuningError
 from dspy_lora.tuning import command, files
-from dspy_lora.tuning.problem import CrashError, Problem, TuningError
+from dspy_lora.tuning.problem import Problem
 from dspy_lora.tuning.search import Outcome, Search
 from dspy_lora.tuning.settings import AXES, Setting, along, default, fits, shared_bytes
 from dspy_lora.tuning.shapes import Product, products

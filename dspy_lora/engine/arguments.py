@@ -75,11 +75,13 @@ def engine_args(settings: dict[str, Any]) -> dict[str, Any]:
     import vllm
     from vllm.platforms import current_platform
 
-    args = {"enable_lora": True, "max_loras": 12, "max_lora_rank": 16, "disable_log_stats": True}
+    args: dict[str, Any] = {"enable_lora": True, "max_loras": 12, "max_lora_rank": 16, "disable_log_stats": True}
     if settings["reasoning_parser"]:  # vLLM applies a schema to what follows the reasoning only if it knows the parser
         args["reasoning_parser"] = settings["reasoning_parser"]
     if current_platform.is_cpu():
         args |= _cpu_args(settings["kv_cache_gib"], vllm.__version__)
+    elif current_platform.is_cuda():
+        args["worker_cls"] = "dspy_lora.engine.gpu_lora.TiledGPUWorker"
     args |= json.loads(settings["args"])
     check_engine_args(args, {field.name for field in dataclasses.fields(vllm.AsyncEngineArgs)})
     return args | {"model": settings["base"]["path"]}

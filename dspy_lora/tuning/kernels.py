@@ -5,8 +5,9 @@ import statistics
 from typing import TYPE_CHECKING
 from unittest.mock import patch
 
+from dspy_lora.errors import CrashError, TuningError
 from dspy_lora.tuning.inputs import Inputs
-from dspy_lora.tuning.problem import CrashError, Problem, TuningError
+from dspy_lora.tuning.problem import Problem
 from dspy_lora.tuning.settings import Setting
 
 if TYPE_CHECKING:

@@ -2,16 +2,7 @@
 
 from dataclasses import dataclass
 
-from dspy_lora.errors import DspyLoraError
 from dspy_lora.tuning.shapes import Product
-
-
-class TuningError(DspyLoraError, RuntimeError):
-    """This machine cannot time vLLM's LoRA kernels, or their own defaults fail on it."""
-
-
-class CrashError(TuningError):
-    """A setting broke the CUDA context: it is noted as refused, and a new process can go on."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from dspy_lora.tuning.problem import Problem, TuningError
+from dspy_lora.errors import TuningError
+from dspy_lora.tuning.problem import Problem
 from dspy_lora.tuning.settings import AXES, Setting, along, default
 from dspy_lora.tuning.trials import Measure, Trials
 

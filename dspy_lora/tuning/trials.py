@@ -6,8 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dspy_lora.errors import ConfigError
-from dspy_lora.tuning.problem import CrashError, Problem
+from dspy_lora.errors import ConfigError, CrashError
+from dspy_lora.tuning.problem import Problem
 from dspy_lora.tuning.settings import Setting
 from dspy_lora.tuning.shapes import Product
 

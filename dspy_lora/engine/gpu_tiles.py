@@ -1,0 +1,27 @@
+"""How the kernels of ``gpu_kernels.py`` cut a product into tiles, by the number of tokens in the batch.
+
+Found by timing 19 to 91 settings of each product of the Llama-3-8B shape at rank 16, twelve adapters, on an H100: over
+a layer these are within 2 % of the best setting of every product.
+"""
+
+LEAST = 16  # rows and columns that Triton's dot takes
+_FEW = 512  # tokens: a decode step, or a short prompt
+
+
+def shrink_tiles(tokens: int) -> dict[str, int]:
+    """The tiles of an input's product with A: tokens, inputs a step, and parts that the inputs are split into."""
+    if tokens <= _FEW:
+        return {"BLOCK_M": 16, "BLOCK_K": 128, "SPLIT_K": 32 if tokens <= 64 else 16, "num_warps": 4, "num_stages": 3}
+    split = 4 if tokens <= 4096 else 2 if tokens <= 12288 else 1
+    return {"BLOCK_M": 64, "BLOCK_K": 128, "SPLIT_K": split, "num_warps": 4, "num_stages": 3}
+
+
+def expand_tiles(tokens: int) -> dict[str, int]:
+    """The tiles of the product with B: tokens and outputs."""
+    height, warps = (16, 2) if tokens <= _FEW else (32, 4)
+    return {"BLOCK_M": height, "BLOCK_N": 128, "num_warps": warps, "num_stages": 1}
+
+
+def padded(size: int) -> int:
+    """The power of two that holds a size, as Triton's blocks have to be."""
+    return max(LEAST, 1 << (size - 1).bit_length())
