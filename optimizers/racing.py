@@ -216,7 +216,7 @@ class Racer:
         return spread[:count]
 
     def _ascend(self, top: Sequence[str], likely: Sequence[Sequence[str]]) -> list[Assignment]:
-        """Tries adapters for all predictors at once, each among its partners as they stand; the winners meet at the end."""
+        """Tries adapters for all predictors at once, each beside its partners as they are; winners meet at the end."""
         top = tuple(top)
         met = [top]
         for sweep in range(_SWEEPS):

@@ -7,7 +7,8 @@ import threading
 import dspy
 import pytest
 
-from dspy_lora.bench import command, measure, memory, workload
+from dspy_lora.adapters.registry import AdapterRegistry
+from dspy_lora.bench import command, measure, memory, shapes, workload
 from dspy_lora.bench.measure import Figure
 from dspy_lora.cli import main
 
@@ -107,3 +108,27 @@ def test_a_short_run_prints_a_table_and_writes_a_file(tmp_path, capsys, monkeypa
         assert f"{figure['name']} ({figure['unit']})" in shown
         assert all(value > 0 for value in figure["values"]) or figure["unit"] == "MB"
     assert {figure["name"] for figure in written["figures"]} >= {"DSPy over plain", "n=8 over n=1"}
+
+
+def test_a_model_of_a_shape_takes_no_space_and_its_adapters_fit(tmp_path):
+    model = shapes.make_model("tiny", tmp_path / "model")
+    weights = model / "model.safetensors"
+    # embeddings, and for each of two layers q, o of 128 x 128, k, v of 64 x 128, three of 128 x 256; two bytes each
+    assert weights.stat().st_size > 2 * (8192 * 128 + 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 256))
+    assert weights.stat().st_blocks * 512 < 100_000
+    shapes.publish_adapters("tiny", model, tmp_path / "registry", ["a", "b"], 8)
+    found = AdapterRegistry(tmp_path / "registry").list()
+    assert [(each.adapter, each.rank) for each in found] == [("a", 8), ("b", 8)]
+    assert found[0].revision != found[1].revision
+
+
+def test_what_adapters_cost_on_random_weights(tmp_path, capsys):
+    file = tmp_path / "bench.json"
+    words = "--shape tiny --only adapters --calls 12 --repeats 1 --answers 2 --words 8".split()
+    assert main(["bench", *words, "--json", str(file)]) == 0
+    figures = json.loads(file.read_text())["figures"]
+    names = [figure["name"] for figure in figures]
+    assert names[:3] == ["base model", "one adapter over base", "twelve mixed over base"]
+    assert names[4:6] == ["base model, vLLM's own LoRA", "one adapter over base, vLLM's own LoRA"]
+    assert all(figure["median"] > 0 and figure["holds"] is None for figure in figures)
+    assert "twelve one after another over base (x)" in capsys.readouterr().out

@@ -5,15 +5,18 @@ import json
 import logging
 import os
 import platform
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from dspy_lora.bench import measure
 from dspy_lora.bench.measure import Bench, Figure
+from dspy_lora.bench.shapes import ENGINE, SHAPES, make_model, publish_adapters
+from dspy_lora.config import load_config
 from dspy_lora.errors import ConfigError
 
-# In this order: the last two start engines of their own after this one has ended.
+# In this order: the last three start engines of their own after this one has ended.
 MEASUREMENTS: dict[str, Callable[[Bench], list[Figure]]] = {
     "throughput": measure.throughput,
     "http": measure.over_http,
@@ -22,20 +25,27 @@ MEASUREMENTS: dict[str, Callable[[Bench], list[Figure]]] = {
     "engine-memory": measure.engine_memory,
     "soak": measure.soak,
     "caller-memory": measure.caller_memory,
+    "adapters": measure.adapters,
     "defaults": measure.defaults,
 }
 
-_LONG = ("soak", "defaults")  # minutes
+_LONG = ("soak", "adapters", "defaults")  # minutes
+_ALONE = ("caller-memory", "adapters", "defaults")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of ``dspy-lora bench``."""
     parser.add_argument("--only", nargs="+", choices=list(MEASUREMENTS), metavar="NAME", help=", ".join(MEASUREMENTS))
     parser.add_argument("--all", action="store_true", help=f"what takes long too: {', '.join(_LONG)}")
-    parser.add_argument("--base-model", default="seedling", help="the base model (default: the bundled seedling)")
+    base = parser.add_mutually_exclusive_group()
+    base.add_argument("--base-model", default="seedling", help="the base model (default: the bundled seedling)")
+    base.add_argument("--shape", choices=list(SHAPES), help="instead: random weights of this shape, and their adapters")
+    parser.add_argument("--rank", type=int, default=16, help="of the adapters of --shape (default: %(default)s)")
     parser.add_argument("--engine", default="{}", metavar="JSON", help="engine settings, as LoRALM's engine={...}")
     parser.add_argument("--calls", type=int, default=192, help="calls a repeat (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=128, help="threads that call (default: %(default)s)")
+    parser.add_argument("--words", type=int, metavar="N", help="words of a question's text (default: 30 to 50)")
+    parser.add_argument("--answers", type=int, nargs="+", metavar="TOKENS", help="of an answer (default: 16 and 64)")
     parser.add_argument("--repeats", type=int, default=5, help="repeats in turns (default: %(default)s)")
     parser.add_argument(
         "--joint", type=Path, metavar="DIR", help="instead: LoRAGEPA against its halves, on the domains' rows in DIR"
@@ -62,22 +72,41 @@ def run(args: argparse.Namespace) -> int:
         places = [number - 1 for number in args.programs]
         joint.run(args.joint, args.metric_calls, args.seeds, args.threads, places, _engine(args.engine))
         return 0
-    bench = Bench(args.base_model, _engine(args.engine), args.calls, args.threads, args.repeats)
+    with tempfile.TemporaryDirectory(prefix="dspy-lora-bench-") as folder:
+        figures = _measure(_bench(args, Path(folder)), _chosen(args))
+    if args.json:
+        args.json.write_text(json.dumps(report(figures, args), indent=2) + "\n")
+    return 0 if all(figure.holds in (True, None) for figure in figures) else 1
+
+
+def _bench(args: argparse.Namespace, folder: Path) -> Bench:
+    """What is measured; a model of random weights lies in the folder."""
+    engine, model, registry = _engine(args.engine), args.base_model, None
+    if args.shape:
+        model, registry = str(make_model(args.shape, folder / args.shape)), folder / "registry"
+        publish_adapters(args.shape, Path(model), registry, list(load_config().domains), args.rank)
+        engine = ENGINE | {"max_lora_rank": args.rank} | engine
+    given = {"words": (args.words, args.words)} if args.words else {}
+    given |= {"answers": args.answers} if args.answers else {}
+    return Bench(model, engine, args.calls, args.threads, args.repeats, registry=registry, **given)
+
+
+def _measure(bench: Bench, names: list[str]) -> list[Figure]:
+    """Prints figures as they come."""
     figures: list[Figure] = []
     print(f"{'':58}{'median':>10}{'least':>10}{'most':>10}  bar")
     try:
-        bench.preload()
-        for name in _chosen(args):
-            if name == "caller-memory":
+        if not set(names) <= set(_ALONE):
+            bench.preload()
+        for name in names:
+            if name in _ALONE:
                 bench.close()
             for figure in MEASUREMENTS[name](bench):
                 print(row(figure), flush=True)
                 figures.append(figure)
     finally:
         bench.close()
-    if args.json:
-        args.json.write_text(json.dumps(report(figures, args), indent=2) + "\n")
-    return 0 if all(figure.holds in (True, None) for figure in figures) else 1
+    return figures
 
 
 def _engine(text: str) -> dict[str, Any]:
@@ -116,7 +145,7 @@ def report(figures: list[Figure], args: argparse.Namespace) -> dict[str, Any]:
         "threads": args.threads,
         "repeats": args.repeats,
         "engine": args.engine,
-        "base_model": args.base_model,
+        "base_model": args.shape or args.base_model,
         "figures": [
             {
                 "name": figure.name,

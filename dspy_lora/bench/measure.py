@@ -7,6 +7,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import dspy
@@ -21,6 +22,7 @@ from dspy_lora.engine.settings import EngineSettings, engine_settings
 _SHORT_TOKENS = 16  # a label in DSPy's chat format
 _LONG_TOKENS = 64  # with reasoning
 _SOAK_CALLS = 20_000
+_LEAST = {"one adapter": 0.90, "twelve mixed": 0.88}  # of the base model's speed on a GPU
 _BLOCK = 32  # tokens of a block of the prefix cache; that of a GPU, 16, divides it
 # What vLLM does on a CPU where dspy-lora's engine does not: environment and engine settings.
 _VLLM_DEFAULTS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
@@ -74,23 +76,43 @@ class Bench:
         calls: Calls a repeat.
         threads: Threads that call.
         repeats: Repeats of each measurement.
+        words: Of a question's text.
+        answers: Tokens of an answer, where a measurement does not set them.
+        registry: Holds an adapter for every domain; None is the usual one.
     """
 
-    def __init__(self, model: str, engine: dict[str, Any], calls: int, threads: int, repeats: int) -> None:
-        self.model, self.engine = model, engine
+    def __init__(
+        self,
+        model: str,
+        engine: dict[str, Any],
+        calls: int,
+        threads: int,
+        repeats: int,
+        words: tuple[int, int] = (30, 50),
+        answers: Sequence[int] = (_SHORT_TOKENS, _LONG_TOKENS),
+        registry: Path | None = None,
+    ) -> None:
+        self.model, self.engine, self.registry = model, engine, registry
         self.calls, self.threads, self.repeats = calls, threads, repeats
+        self.words, self.answers = words, answers
         self.domains = list(load_config().domains)
         self.lms = {domain: self.lm(domain) for domain in self.domains}
         self._seed = 0
 
     def lm(self, domain: str | None = None) -> LoRALM:
         """An LM of the engine, with DSPy's cache off and answers of a fixed length."""
-        return LoRALM(self.model, domain=domain, engine=self.engine, cache=False, ignore_eos=True)
+        return LoRALM(
+            self.model, domain=domain, engine=self.engine, registry=self.registry, cache=False, ignore_eos=True
+        )
 
     @property
     def settings(self) -> EngineSettings:
         """The engine's settings."""
-        return engine_settings(self.lms[self.domains[0]].base, load_config(), self.engine)
+        return self.settings_with({})
+
+    def settings_with(self, engine: dict[str, Any]) -> EngineSettings:
+        """The engine's settings but for some."""
+        return engine_settings(self.lms[self.domains[0]].base, load_config(), self.engine | engine)
 
     @property
     def adapters(self) -> list[Any]:
@@ -109,7 +131,7 @@ class Bench:
     def fresh(self, count: int | None = None) -> list[Question]:
         """Questions that were not asked before in this run."""
         self._seed += 1
-        return questions(count or self.calls, self._seed)
+        return questions(count or self.calls, self._seed, self.words)
 
     def run(self, asked: Sequence[Question], call: Callable[[Question], Any]) -> float:
         """Seconds for all questions in this bench's threads."""
@@ -120,7 +142,7 @@ def throughput(bench: Bench) -> list[Figure]:
     """Output tokens a second of DSPy programs in threads against plain ``LLM.generate``, twelve adapters mixed."""
     figures = []
     with raw_vllm(bench.settings, bench.adapters) as raw, dspy_settings(adapter=AnyText()):
-        for tokens in (_SHORT_TOKENS, _LONG_TOKENS):
+        for tokens in bench.answers:
             programs = {domain: _program(bench, domain, max_tokens=tokens) for domain in bench.domains}
             _raw_tokens_a_second(bench, raw, bench.fresh(24), tokens)
             bench.run(bench.fresh(24), lambda question: programs[question.domain](text=question.text))  # noqa: B023
@@ -145,10 +167,59 @@ def _program(bench: Bench, domain: str, **kwargs: Any) -> dspy.Predict:
 
 
 def _raw_tokens_a_second(bench: Bench, raw: RawVLLM, asked: Sequence[Question], tokens: int) -> float:
+    return tokens * len(asked) / _raw_seconds(raw, asked, [_ref(bench, question.domain) for question in asked], tokens)
+
+
+def _raw_seconds(raw: RawVLLM, asked: Sequence[Question], adapters: Sequence[str | None], tokens: int) -> float:
     sampling = {"temperature": 0.0, "max_tokens": tokens, "ignore_eos": True}
-    names = [bench.lms[question.domain].adapter for question in asked]
-    done = raw.generate([question.messages for question in asked], [name.ref for name in names if name], sampling)
-    return float(done["tokens"] / done["seconds"])
+    done = raw.generate([question.messages for question in asked], adapters, sampling)
+    return float(done["seconds"])
+
+
+def _ref(bench: Bench, domain: str) -> str:
+    revision = bench.lms[domain].adapter
+    assert revision is not None
+    return revision.ref
+
+
+def adapters(bench: Bench) -> list[Figure]:
+    """What adapters cost plain ``LLM.generate`` beside the base model, with dspy-lora's LoRA and with vLLM's own."""
+    figures = []
+    for name, engine in (("", {}), (", vLLM's own LoRA", {"worker_cls": "auto"})):
+        # One engine has the GPU to itself; the workload as it comes, none of it known.
+        alone = {"gpu_memory_utilization": 0.9, "enable_prefix_caching": False}
+        with raw_vllm(bench.settings_with(alone | engine), bench.adapters) as raw:
+            speeds = _speeds_by_adapters(bench, raw)
+        base = speeds.pop("base model")
+        figures.append(Figure(f"base model{name}", "tokens/s", base))
+        for what, values in speeds.items():
+            least = _LEAST.get(what) if raw.device == "cuda" and not engine else None
+            figures.append(Figure(f"{what} over base{name}", "x", _ratios(values, base), least=least))
+    return figures
+
+
+def _speeds_by_adapters(bench: Bench, raw: RawVLLM) -> dict[str, tuple[float, ...]]:
+    """Tokens a second of each kind of batch, in turns; the first turn, in which the engine warms up, is left out."""
+    tokens = max(bench.answers)
+
+    def in_turn(asked: Sequence[Question]) -> float:
+        return sum(
+            _raw_seconds(raw, part, [_ref(bench, domain)] * len(part), tokens)
+            for domain in bench.domains
+            if (part := [question for question in asked if question.domain == domain])
+        )
+
+    kinds: dict[str, Callable[[Sequence[Question]], float]] = {
+        "base model": lambda asked: _raw_seconds(raw, asked, [None] * len(asked), tokens),
+        "one adapter": lambda asked: _raw_seconds(raw, asked, [_ref(bench, bench.domains[0])] * len(asked), tokens),
+        "twelve mixed": lambda asked: _raw_seconds(raw, asked, [_ref(bench, each.domain) for each in asked], tokens),
+        "twelve one after another": in_turn,
+    }
+    turns = [
+        {kind: tokens * bench.calls / ask(bench.fresh()) for kind, ask in kinds.items()}
+        for _ in range(bench.repeats + 1)
+    ]
+    return {kind: tuple(turn[kind] for turn in turns[1:]) for kind in kinds}
 
 
 def over_http(bench: Bench) -> list[Figure]:
@@ -239,7 +310,6 @@ def defaults(bench: Bench) -> list[Figure]:
 
     The engine as it is runs before and after each other one; its spread is what a ratio must exceed to mean something.
     """
-    bench.close()
     figures, before = [], _speeds(bench, {}, {})
     usual = [before]
     for name, (environment, engine) in _VLLM_DEFAULTS.items():
@@ -260,7 +330,7 @@ _SPEEDS = (f"{_SHORT_TOKENS} tokens, new prompts", "1 token, known prompts")
 def _speeds(bench: Bench, environment: dict[str, str], engine: dict[str, Any]) -> tuple[float, float]:
     """Calls a second of a new engine, twelve adapters mixed, as named in ``_SPEEDS``."""
     with _environment(environment):
-        other = Bench(bench.model, bench.engine | engine, bench.calls, bench.threads, 1)
+        other = Bench(bench.model, bench.engine | engine, bench.calls, bench.threads, 1, registry=bench.registry)
         try:
             other.preload()
             lms = {

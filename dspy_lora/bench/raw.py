@@ -19,7 +19,7 @@ def _generate(llm: Any, loras: dict[str, Any], ask: dict[str, Any]) -> dict[str,
 
     template = llm.get_tokenizer().apply_chat_template
     prompts = [template(messages, add_generation_prompt=True, tokenize=False) for messages in ask["messages"]]
-    chosen = [loras[name] for name in ask["adapters"]]
+    chosen = [loras[name] if name else None for name in ask["adapters"]]
     began = time.perf_counter()
     outputs = llm.generate(prompts, SamplingParams(**ask["sampling"]), lora_request=chosen, use_tqdm=False)
     seconds = time.perf_counter() - began
@@ -40,7 +40,9 @@ def main() -> None:
         adapter["name"]: LoRARequest(adapter["name"], index, adapter["path"])
         for index, adapter in enumerate(settings["adapters"], start=1)
     }
-    print(json.dumps({"ready": True}), file=answers)
+    from vllm.platforms import current_platform
+
+    print(json.dumps({"device": current_platform.device_type}), file=answers)
     for line in sys.stdin:
         print(json.dumps(_generate(llm, loras, json.loads(line))), file=answers)
 

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dspy_lora.adapters.registry import Revision
@@ -21,19 +21,23 @@ class RawVLLM:
 
     Args:
         process: The process of ``raw.py``.
+
+    Attributes:
+        device: vLLM's word for what it runs on: ``"cpu"``, ``"cuda"``.
     """
 
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self._process = process
+        self.device: str = self.answer()["device"]
 
     def generate(
-        self, messages: list[list[dict[str, Any]]], adapters: list[str], sampling: dict[str, Any]
+        self, messages: list[list[dict[str, Any]]], adapters: Sequence[str | None], sampling: dict[str, Any]
     ) -> dict[str, Any]:
         """Runs prompts in one ``LLM.generate``.
 
         Args:
             messages: Chat messages of each prompt.
-            adapters: Each prompt's adapter.
+            adapters: Each prompt's adapter; None asks the base model.
             sampling: Arguments of ``vllm.SamplingParams``.
 
         Returns:
@@ -59,9 +63,7 @@ def raw_vllm(settings: EngineSettings, adapters: list[Revision]) -> Iterator[Raw
         "adapters": [{"name": adapter.ref, "path": str(adapter.path)} for adapter in adapters]
     }
     with _child(["-m", "dspy_lora.bench.raw", json.dumps(given)]) as process:
-        raw = RawVLLM(process)
-        raw.answer()
-        yield raw
+        yield RawVLLM(process)
 
 
 def openai_server(settings: EngineSettings, adapters: list[Revision]) -> contextlib.AbstractContextManager[str]:

@@ -39,22 +39,23 @@ class Question:
         return "\n\n".join(message["content"] for message in self.messages)
 
 
-def questions(count: int, seed: int) -> list[Question]:
+def questions(count: int, seed: int, words: tuple[int, int] = (30, 50)) -> list[Question]:
     """Questions that no other seed asks, domain after domain in turn.
 
     Args:
         count: How many.
         seed: Another seed makes other texts, so that no prefix cache knows them.
+        words: Least and most of a text.
 
     Returns:
         The questions.
     """
     chance, domains = random.Random(seed), list(load_config().domains)
-    return [_question(domains[index % len(domains)], chance) for index in range(count)]
+    return [_question(domains[index % len(domains)], chance, words) for index in range(count)]
 
 
-def _question(domain: str, chance: random.Random) -> Question:
-    text = " ".join(chance.choices(_WORDS, k=chance.randint(30, 50)))
+def _question(domain: str, chance: random.Random, words: tuple[int, int]) -> Question:
+    text = " ".join(chance.choices(_WORDS, k=chance.randint(*words)))
     return Question(domain, text, dspy.ChatAdapter().format(signature(domain), [], {"text": text}))
 
 
