@@ -132,3 +132,10 @@ def test_what_adapters_cost_on_random_weights(tmp_path, capsys):
     assert names[4:6] == ["base model, vLLM's own LoRA", "one adapter over base, vLLM's own LoRA"]
     assert all(figure["median"] > 0 and figure["holds"] is None for figure in figures)
     assert "twelve one after another over base (x)" in capsys.readouterr().out
+
+
+def test_how_soon_a_program_ends_is_printed(capsys):
+    assert main(["bench", "--only", "endings", "--repeats", "1"]) in (0, 1)
+    shown = capsys.readouterr().out
+    assert "Ctrl-C in a call until the program goes on (s)" in shown
+    assert "nothing of its engine is left (s)" in shown

@@ -31,13 +31,13 @@ QWEN3_06B = {
 GATE_UP = Product("expand", (14336, 14336))
 QKV = Product("shrink", (4096,) * 3)
 GPU = "NVIDIA H100 80GB HBM3-X"
-BEST = Setting(block_m=16, block_n=256, block_k=16, num_warps=8, num_stages=3)
+BEST = Setting(block_m=64, block_n=256, block_k=16, num_warps=8, num_stages=1)
 
 
 def cost(problem, setting):
     """A convex cost with its least at BEST, 2^distance microseconds."""
     steps = [abs(getattr(setting, axis).bit_length() - getattr(BEST, axis).bit_length()) for axis in AXES[:3]]
-    return 1e-6 * problem.tokens * 2 ** (sum(steps) + 0.1 * abs(setting.num_warps - 8) + abs(setting.num_stages - 3))
+    return 1e-6 * problem.tokens * 2 ** (sum(steps) + 0.1 * abs(setting.num_warps - 8) + abs(setting.num_stages - 1))
 
 
 class Fake:
@@ -106,28 +106,28 @@ def test_other_models_are_refused(change, message):
 # -- settings ----------------------------------------------------------------------------------------------------------
 
 
-def test_default_is_what_vllm_takes(monkeypatch, tmp_path):
-    monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", str(tmp_path))
-    assert default(Problem(GATE_UP, 16, 64, 12)) == Setting(64, 64, 32, 4, 2)
-    assert default(Problem(QKV, 16, 64, 12)) == Setting(32, 16, 256, 4, 2, split_k=64, group_size_m=8)
-    assert default(Problem(QKV, 16, 128, 12)) == Setting(32, 16, 32, 4, 2, split_k=8, group_size_m=8)
+def test_default_is_what_the_launchers_take():
+    assert default(Problem(GATE_UP, 16, 64, 12)) == Setting(16, 128, 16, 2, 1)
+    assert default(Problem(GATE_UP, 64, 2048, 12)) == Setting(32, 128, 64, 4, 1)
+    assert default(Problem(QKV, 16, 64, 12)) == Setting(16, 64, 128, 4, 3, split_k=32)
+    assert default(Problem(QKV, 16, 16384, 12)) == Setting(64, 64, 128, 4, 3, split_k=1)
 
 
 def test_neighbours_stay_within_the_product():
     problem = Problem(GATE_UP, 16, 64, 12)
     start = default(problem)
-    assert list(along(problem, start, "block_k", up=True)) == []
-    assert [each.block_k for each in along(problem, start, "block_k", up=False)] == [16]
-    assert [each.block_n for each in along(problem, start, "block_n", up=True)] == [128, 256]  # 512: too many sums
-    assert list(along(problem, start, "split_k", up=True)) == []
+    assert [each.block_n for each in along(problem, start, "block_n", up=True)] == [256, 512]
+    assert [each.block_n for each in along(problem, start, "block_n", up=False)] == [64, 32, 16]
+    for axis in ("block_k", "num_stages", "split_k"):  # one step sums all, and only shrink splits
+        assert not [*along(problem, start, axis, up=True), *along(problem, start, axis, up=False)]
     shrink = Problem(QKV, 8, 64, 12)
     assert list(along(shrink, default(shrink), "block_n", up=True)) == []
-    assert [each.split_k for each in along(shrink, default(shrink), "split_k", up=False)] == [32, 16, 8, 4, 2, 1]
+    assert [each.split_k for each in along(shrink, default(shrink), "split_k", up=False)] == [16, 8, 4, 2, 1]
 
 
 def test_shared_memory_bounds_a_setting():
     problem = Problem(QKV, 16, 64, 12)
-    large = Setting(128, 16, 512, 8, 2, split_k=1, group_size_m=8)
+    large = Setting(128, 16, 512, 8, 2, split_k=1)
     assert shared_bytes(problem, large) == 2 * (128 * 512 * 2 + 512 * 16 * 2)
     assert not fits(problem, large)
     assert fits(problem, default(problem))
@@ -196,9 +196,9 @@ def test_trials_of_another_gpu_are_refused(tmp_path):
 
 
 def test_a_wrong_setting_is_never_chosen(tmp_path):
-    fake = Fake(lambda problem, setting: None if setting.block_m == 16 else cost(problem, setting))
-    (outcome,) = search(tmp_path, fake, {Problem(GATE_UP, 16, 64, 12): 1})
-    assert any(setting.block_m == 16 for _, setting in fake.asked)
+    fake = Fake(lambda problem, setting: None if setting.block_m == 64 else cost(problem, setting))
+    (outcome,) = search(tmp_path, fake, {Problem(GATE_UP, 16, 2048, 12): 1})
+    assert any(setting.block_m == 64 for _, setting in fake.asked)
     assert outcome.setting.block_m == 32
 
 
@@ -212,7 +212,7 @@ def test_a_gain_under_three_percent_keeps_the_default(tmp_path):
 
 
 def test_a_default_that_fails_is_said(tmp_path):
-    with pytest.raises(TuningError, match=r"expand 2 x 14336 at rank 16, 64 tokens.*own setting.*--tokens"):
+    with pytest.raises(TuningError, match=r"expand 2 x 14336 at rank 16, 64 tokens.*usual setting.*--tokens"):
         search(tmp_path, Fake(lambda *_: None), {Problem(GATE_UP, 16, 64, 12): 1})
 
 
@@ -305,7 +305,7 @@ def outcomes_for(config, rank=16, tokens=(1, 64, 2048)):
     """An outcome for each product and batch size, every setting another."""
     problems = [Problem(product, rank, m, 12) for product in products(config) for m in tokens]
     return [
-        Outcome(problem, 1.0, Setting(16, 32, 16, 4, place, *((8, 8) if problem.product.op == "shrink" else ())), 0.5)
+        Outcome(problem, 1.0, Setting(16, 32, 16, 4, place, *((8,) if problem.product.op == "shrink" else ())), 0.5)
         for place, problem in enumerate(problems)
     ]
 
@@ -372,7 +372,7 @@ def test_a_setting_has_every_key_that_vllm_s_own_has():
     for product in (GATE_UP, QKV):
         problem = Problem(product, 16, 64, 12)
         own = utils.get_lora_op_configs.__wrapped__(product.op, 13, 64, product.width, 16, product.slices)
-        assert default(problem).as_vllm() == own
+        assert default(problem).as_vllm().keys() == own.keys()
 
 
 def test_find_says_why_a_folder_does_not_fit(tmp_path):
@@ -465,12 +465,12 @@ def test_command_tunes_and_writes(config_file, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "Bench", lambda: fake)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: GPU)
     folder = tmp_path / "tuned"
-    assert command.run(arguments("--config", config_file, "--output", str(folder), "--tokens", "1", "16")) == 0
+    assert command.run(arguments("--config", config_file, "--output", str(folder), "--tokens", "1024", "2048")) == 0
     printed = capsys.readouterr().out
-    assert "expand 2 x 14336     16     16     1024.0      256.0   4.00  m16 n64 k32" in printed
-    # expand: 4 calls of a layer at 64 rows, shrink: 4 at 32
-    assert f"a layer              16      1{4 * 64 + 4 * 32:>9}.0" in printed
-    assert f"all of these                  {17 * (4 * 64 + 4 * 32):>9}.0" in printed
+    assert "expand 2 x 14336     16   2048    65536.0    32768.0   2.00  m16 n128 k16" in printed
+    # expand: 4 calls of a layer at 32 rows, shrink: 4 at 64
+    assert f"a layer              16   1024{1024 * (4 * 32 + 4 * 64):>9}.0" in printed
+    assert f"all of these                  {3072 * (4 * 32 + 4 * 64):>9}.0" in printed
     assert files.find(folder, GPU, vllm.__version__, products(LLAMA_3_8B), 16, 12) == folder
 
 
@@ -490,4 +490,4 @@ def test_tuning_two_products_for_real(tmp_path):
     assert all(0 < outcome.seconds <= outcome.default for outcome in outcomes)
     for outcome in outcomes:
         assert bench.measure(outcome.problem, outcome.setting) is not None  # None: not what float32 computes
-    assert bench.measure(outcomes[0].problem, Setting(256, 512, 512, 1, 5, 1, 8)) is None  # no GPU has room for it
+    assert bench.measure(outcomes[0].problem, Setting(256, 512, 512, 1, 5, 1)) is None  # no GPU has room for it

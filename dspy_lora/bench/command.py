@@ -16,7 +16,7 @@ from dspy_lora.bench.shapes import ENGINE, SHAPES, make_model, publish_adapters
 from dspy_lora.config import load_config
 from dspy_lora.errors import ConfigError
 
-# In this order: the last three start engines of their own after this one has ended.
+# In this order: the last four start engines of their own after this one has ended.
 MEASUREMENTS: dict[str, Callable[[Bench], list[Figure]]] = {
     "throughput": measure.throughput,
     "http": measure.over_http,
@@ -25,12 +25,13 @@ MEASUREMENTS: dict[str, Callable[[Bench], list[Figure]]] = {
     "engine-memory": measure.engine_memory,
     "soak": measure.soak,
     "caller-memory": measure.caller_memory,
+    "endings": measure.endings,
     "adapters": measure.adapters,
     "defaults": measure.defaults,
 }
 
-_LONG = ("soak", "adapters", "defaults")  # minutes
-_ALONE = ("caller-memory", "adapters", "defaults")
+_LONG = ("soak", "endings", "adapters", "defaults")  # minutes
+_ALONE = ("caller-memory", "endings", "adapters", "defaults")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,6 +14,7 @@ import dspy
 
 from dspy_lora import LoRALM
 from dspy_lora.bench import memory
+from dspy_lora.bench.endings import seconds_to_end
 from dspy_lora.bench.servers import RawVLLM, openai_server, raw_vllm
 from dspy_lora.bench.workload import AnyText, Question, in_threads, questions, signature
 from dspy_lora.config import load_config
@@ -369,6 +370,15 @@ def engine_memory(bench: Bench) -> list[Figure]:
 def caller_memory(bench: Bench) -> list[Figure]:
     """What LoRALM adds to a process that uses DSPy; starts an engine of its own."""
     return [Figure("LoRALM in the caller's process, PSS", "MB", (memory.caller_megabytes(bench.domains),), most=150)]
+
+
+def endings(bench: Bench) -> list[Figure]:
+    """Ctrl-C and SIGKILL in a program that waits for an answer, each time a new one."""
+    back, gone = zip(*(seconds_to_end() for _ in range(bench.repeats)), strict=True)
+    return [
+        Figure("Ctrl-C in a call until the program goes on", "s", back, most=2),
+        Figure("a program's SIGKILL until nothing of its engine is left", "s", gone, most=10),
+    ]
 
 
 def soak(bench: Bench, calls: int = _SOAK_CALLS) -> list[Figure]:

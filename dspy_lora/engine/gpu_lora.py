@@ -139,3 +139,8 @@ def _is_aligned(value: "int | torch.Tensor") -> bool:
     if value.data_ptr() not in _seen:
         _seen[value.data_ptr()] = all(number % _ALIGNED == 0 for number in value.tolist())
     return _seen[value.data_ptr()]
+
+
+def forget() -> None:
+    """Forgets which tensors were looked at; for a caller whose tensors come and go."""
+    _seen.clear()

@@ -26,7 +26,7 @@ def kill_group(group: int) -> None:
         return
     _kill_workers(group, spared=0)
     deadline = time.monotonic() + _TRACKER_WAIT_S
-    while _members(group):
+    while members(group):
         if time.monotonic() > deadline:
             _signal_group(group)
             break
@@ -44,7 +44,7 @@ def kill_own_group() -> None:
 def _kill_workers(group: int, spared: int) -> None:
     """Kills what is in a group until nothing but trackers and the process ``spared`` is left."""
     deadline = time.monotonic() + _KILL_WAIT_S
-    while workers := [pid for pid in _members(group) if pid != spared and not _is_tracker(pid)]:
+    while workers := [pid for pid in members(group) if pid != spared and not _is_tracker(pid)]:
         for pid in workers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -58,7 +58,7 @@ def _signal_group(group: int) -> None:
         os.killpg(group, signal.SIGKILL)
 
 
-def _members(group: int) -> list[int]:
+def members(group: int) -> list[int]:
     """Processes of a group that are alive; zombies, which wait for a parent that may never look, are not."""
     found = []
     for entry in _PROC.glob("[0-9]*"):

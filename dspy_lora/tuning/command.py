@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         ConfigError: A flag, a config.json or a folder that cannot be used.
-        TuningError: No GPU to tune, or one on which vLLM's own settings fail.
+        TuningError: No GPU to tune, or one on which the usual settings fail.
     """
     _check(args)
     model, config = _model(args)
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     files.require_same(args.output, gpu, vllm.__version__)
     known = Trials(args.output / trials.NAME, {"gpu": gpu, "vllm": vllm.__version__})
     print(f"{model} on {gpu}: {len(counts)} problems; {len(known)} trials known from {args.output / trials.NAME}")
-    print(_line("product", "rank", "m", "vLLM's us", "tuned us", "ratio", "setting"))
+    print(_line("product", "rank", "m", "usual us", "tuned us", "ratio", "setting"))
     outcomes = []
     for outcome in Search(known, Bench().measure).run(counts, args.budget_minutes * 60):
         print(row(outcome), flush=True)
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     files.save(args.output, gpu, vllm.__version__, model, outcomes)
     for line in sums(outcomes, counts):
         print(line)
-    print(f"vLLM reads them with VLLM_TUNED_CONFIG_FOLDER={args.output.resolve()}")
+    print(f"The engine takes them with VLLM_TUNED_CONFIG_FOLDER={args.output.resolve()}")
     return 0
 
 
@@ -115,7 +115,7 @@ def _problems(counts: dict[Product, int], args: argparse.Namespace) -> dict[Prob
 def row(outcome: Outcome) -> str:
     """One line of the table; times in microseconds."""
     problem, chosen = outcome.problem, outcome.setting
-    setting = f"{chosen}" if outcome.seconds < outcome.default else "vLLM's own"
+    setting = f"{chosen}" if outcome.seconds < outcome.default else "the usual"
     return _times(str(problem.product), problem.rank, problem.tokens, outcome.default, outcome.seconds, setting)
 
 

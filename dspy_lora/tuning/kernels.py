@@ -1,6 +1,7 @@
-"""Times vLLM's own LoRA kernels on the GPU."""
+"""Times LoRA's kernels on the GPU, called as vLLM calls them."""
 
 import importlib
+import os
 import statistics
 from typing import TYPE_CHECKING
 from unittest.mock import patch
@@ -50,6 +51,9 @@ class Bench:
     def __init__(self, repeats: int = 20) -> None:
         import torch
 
+        from dspy_lora.engine import gpu_lora
+
+        gpu_lora.install()
         self._repeats = repeats
         size = _FLUSHED * torch.cuda.get_device_properties("cuda").L2_cache_size
         self._cache = torch.empty(size, dtype=torch.int8, device="cuda")
@@ -75,8 +79,10 @@ class Bench:
         inputs = self._prepare(problem)
         module = importlib.import_module(f"vllm.lora.ops.triton_ops.lora_{problem.product.op}_op")
         config = setting.as_vllm()
-        # The kernel's module has the look-up by name, so this also passes by its cache.
-        with patch.object(module, "get_lora_op_configs", lambda *_, **__: config):
+        # The kernel's module has the look-up by name, so this also passes by its cache. The launchers take what vLLM
+        # hands over where it reads files, whichever.
+        files = patch.dict(os.environ, {"VLLM_TUNED_CONFIG_FOLDER": "."})
+        with files, patch.object(module, "get_lora_op_configs", lambda *_, **__: config):
             try:
                 return self._seconds(inputs) if inputs.is_right() else None
             except (triton.TritonError, RuntimeError) as exc:  # too much shared memory, a pass that fails
@@ -95,10 +101,13 @@ class Bench:
         import torch
         from vllm.lora.ops.triton_ops import utils
 
+        from dspy_lora.engine import gpu_lora
+
         if self._inputs is None or self._inputs.problem != problem:
-            # vLLM remembers strides by the weights' addresses, which the next problem's weights may get again.
+            # Strides are remembered by addresses, which the next problem's weights may get again.
             utils._LORA_A_PTR_DICT.clear()
             utils._LORA_B_PTR_DICT.clear()
+            gpu_lora.forget()
             self._inputs = None
             try:
                 self._inputs = Inputs(problem)

@@ -11,7 +11,7 @@ from dspy_lora.tuning.settings import AXES, Setting, along, default
 from dspy_lora.tuning.trials import Measure, Trials
 
 _STEP = 0.99  # a step must be this much faster than where it starts: smaller ones are noise
-_WORTH = 0.97  # a setting must be this much faster than vLLM's own to replace it
+_WORTH = 0.97  # a setting must be this much faster than the usual one to replace it
 _EQUAL_SHARE = 0.5  # of the budget, for all problems alike: decode steps would get no time beside prefills
 
 
@@ -21,8 +21,8 @@ class Outcome:
 
     Attributes:
         problem: What was tuned.
-        default: Seconds that vLLM's own setting takes.
-        setting: The chosen one, maybe vLLM's own.
+        default: Seconds that the usual setting takes.
+        setting: The chosen one, maybe the usual one.
         seconds: What it takes.
     """
 
@@ -50,8 +50,8 @@ class Search:
     def run(self, problems: dict[Problem, int], budget: float) -> Iterator[Outcome]:
         """Tunes the problems, the most costly first.
 
-        Half of the time that is left is shared out equally, half by what a problem costs: vLLM's time for it, times
-        how often it occurs. Time that a problem does not need is left to those after it. vLLM's own settings are timed
+        Half of the time that is left is shared out equally, half by what a problem costs: its usual time, times
+        how often it occurs. Time that a problem does not need is left to those after it. The usual settings are timed
         whatever the budget.
 
         Args:
@@ -62,7 +62,7 @@ class Search:
             An outcome for each problem.
 
         Raises:
-            TuningError: vLLM's own setting fails.
+            TuningError: The usual setting fails.
         """
         deadline = self._clock() + budget
         costs = {problem: self._default_seconds(problem) * count for problem, count in problems.items()}
@@ -78,7 +78,7 @@ class Search:
         seconds = self._trials.seconds(problem, setting, self._measure)
         if seconds is None:
             raise TuningError(
-                f"{problem}: vLLM's own setting ({setting}) is refused by this GPU or computes a wrong result, so "
+                f"{problem}: the usual setting ({setting}) is refused by this GPU or computes a wrong result, so "
                 "there is nothing to compare with. Leave its size out of --tokens, or its rank out of --ranks."
             )
         return seconds

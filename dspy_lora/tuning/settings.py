@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any
-from unittest.mock import patch
 
+from dspy_lora.engine.gpu_tiles import expand_tiles, padded, shrink_tiles
 from dspy_lora.tuning.problem import Problem
+from dspy_lora.tuning.shapes import Op
 
 # In the order in which the search walks them: the tile first, what depends on it after.
 _VALUES = {
@@ -15,10 +15,10 @@ _VALUES = {
     "split_k": (1, 2, 4, 8, 16, 32, 64),
     "num_warps": (1, 2, 4, 8),
     "num_stages": (1, 2, 3, 4, 5),
-    "group_size_m": (1, 4, 8, 16),
 }
 AXES = tuple(_VALUES)
-_LEAST_TILE = 16  # what Triton's dot takes
+# One block takes all slices' outputs (shrink), or the whole sum in one step (expand).
+_FIXED: dict[Op, tuple[str, ...]] = {"shrink": ("block_n",), "expand": ("block_k", "num_stages")}
 _SHARED_BYTES = 227 * 1024  # that a block may use on sm_90 (CUDA programming guide, technical specifications)
 _LANES = 32  # threads of a warp
 _ACCUMULATORS = 128  # float32 registers of a thread that may hold sums; of 255, the rest hold addresses and inputs
@@ -35,7 +35,6 @@ class Setting:
         num_warps: Warps that compute a tile.
         num_stages: Steps whose inputs are loaded ahead.
         split_k: Parts into which the sum is cut, added atomically; shrink only, None for expand.
-        group_size_m: Tiles of tokens that follow each other; shrink only, None for expand.
     """
 
     block_m: int
@@ -44,38 +43,25 @@ class Setting:
     num_warps: int
     num_stages: int
     split_k: int | None = None
-    group_size_m: int | None = None
-
-    @classmethod
-    def from_vllm(cls, config: dict[str, Any]) -> "Setting":
-        """Takes what the search varies from a setting as vLLM has it."""
-        return cls(**{axis: config[axis] for axis in AXES if axis in config})
 
     def as_vllm(self) -> dict[str, int | None]:
         """The setting as vLLM's kernels and files have it."""
         chosen = {axis: value for axis, value in asdict(self).items() if value is not None}
-        return {**chosen, "num_ctas": 1, "max_nreg": None}
+        groups = {} if self.split_k is None else {"group_size_m": 8}  # vLLM's own value: only its kernel has groups
+        return {**chosen, **groups, "num_ctas": 1, "max_nreg": None}
 
     def __str__(self) -> str:
         tile = f"m{self.block_m} n{self.block_n} k{self.block_k} warps {self.num_warps} stages {self.num_stages}"
-        return tile if self.split_k is None else f"{tile} split {self.split_k} group {self.group_size_m}"
+        return tile if self.split_k is None else f"{tile} split {self.split_k}"
 
 
 def default(problem: Problem) -> Setting:
-    """The setting that vLLM takes when it reads no files."""
-    from vllm.lora.ops.triton_ops import utils
-
-    # Past the caches, and blind to files: the user's VLLM_TUNED_CONFIG_FOLDER must not become the baseline.
-    with patch.object(utils, "load_lora_op_config", lambda *_: None):
-        found = utils.get_lora_op_configs.__wrapped__(
-            problem.product.op,
-            max_loras=problem.max_loras + 1,  # vLLM counts "no adapter" as one
-            batch=problem.tokens,
-            hidden_size=problem.product.width,
-            rank=problem.rank,
-            num_slices=problem.product.slices,
-        )
-    return Setting.from_vllm(found)
+    """The setting that the launchers take where there are no files."""
+    if problem.product.op == "shrink":
+        tiles = shrink_tiles(problem.tokens) | {"BLOCK_N": padded(problem.product.slices * problem.rank)}
+    else:
+        tiles = expand_tiles(problem.tokens) | {"BLOCK_K": padded(problem.rank)}
+    return Setting(**{name.lower(): value for name, value in tiles.items()})
 
 
 def along(problem: Problem, setting: Setting, axis: str, up: bool) -> Iterator[Setting]:
@@ -86,13 +72,13 @@ def along(problem: Problem, setting: Setting, axis: str, up: bool) -> Iterator[S
     Args:
         problem: What is tuned.
         setting: Where to start; not among what is yielded.
-        axis: One of ``AXES``; nothing is yielded for one that the kernel does not have.
+        axis: One of ``AXES``; nothing is yielded for one that the kernel does not have, or that it fixes.
         up: Whether the values grow.
     """
     current = getattr(setting, axis)
-    if current is None:
+    if current is None or axis in _FIXED[problem.product.op]:
         return
-    most = {"block_n": _power_of_two(problem.outputs), "block_k": _power_of_two(problem.inputs)}.get(axis)
+    most = {"block_n": padded(problem.outputs), "block_k": padded(problem.inputs)}.get(axis)
     values = [value for value in _VALUES[axis] if most is None or value <= most]
     beyond = [value for value in values if (value > current if up else value < current)]
     for value in sorted(beyond, reverse=not up):
@@ -117,8 +103,3 @@ def shared_bytes(problem: Problem, setting: Setting) -> int:
     inputs = setting.block_m * setting.block_k * (2 if problem.product.op == "shrink" else 4)
     weights = setting.block_k * setting.block_n * 2
     return max(setting.num_stages * (inputs + weights), setting.block_m * setting.block_n * 4)
-
-
-def _power_of_two(size: int) -> int:
-    """The next power of two, at least the least tile."""
-    return max(_LEAST_TILE, 1 << (size - 1).bit_length())
