@@ -1,6 +1,7 @@
 """Adapters in a running engine with two slots: swapped, published, refused, unloaded; and its figures."""
 
 import shutil
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -86,6 +87,28 @@ def test_twelve_adapters_and_the_base_take_turns_in_two_slots_and_answer_as_alon
     assert mixed == alone * 8
     assert [ask(lm) for lm in lms] == alone
     assert make().engine_stats()["restarts"] == 0
+
+
+def test_a_rare_adapter_is_answered_among_busy_ones_that_hold_every_slot(make):
+    stop, answered = threading.Event(), []
+
+    def keep_asking(domain, tokens):
+        lm = make(domain, max_tokens=tokens, ignore_eos=True)
+        while not stop.is_set():
+            answered.append(lm(f"Question {len(answered)}."))
+
+    with ThreadPoolExecutor(9) as pool:
+        lengths = (31, 41, 53, 67)  # the requests of an adapter never end all at once
+        busy = [pool.submit(keep_asking, domain, tokens) for domain in ("legal", "financial") for tokens in lengths]
+        try:
+            while len(answered) < 16:  # from here on both adapters always have a request running
+                time.sleep(0.01)
+            rare = pool.submit(lambda: make("research", max_tokens=4)("Which intent?"))
+            assert rare.result(timeout=120)
+            assert not any(task.done() for task in busy)
+        finally:
+            stop.set()
+    assert all(task.result() is None for task in busy)
 
 
 def test_an_adapter_published_while_the_engine_runs_is_served_without_a_restart(make, publish):

@@ -6,6 +6,7 @@ processes with it.
 """
 
 import asyncio
+import contextlib
 import functools
 import json
 import os
@@ -42,6 +43,7 @@ from dspy_lora.engine.protocol import (
     Token,
 )
 from dspy_lora.engine.statistics import Statistics
+from dspy_lora.engine.turns import Turns
 from dspy_lora.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -63,6 +65,7 @@ class Host:
         parsers: Reasoning and tool parsers of the model.
         replies: Socket to the client.
         stats: Collects scheduler statistics.
+        max_loras: Slots for adapters.
         max_lora_rank: Largest rank of an adapter that the engine takes.
     """
 
@@ -72,6 +75,7 @@ class Host:
         parsers: Parsers,
         replies: zmq.asyncio.Socket,
         stats: Statistics,
+        max_loras: int,
         max_lora_rank: int,
     ) -> None:
         self.engine = engine
@@ -81,6 +85,7 @@ class Host:
         self.parsers = parsers
         self.replies = replies
         self.stats = stats
+        self.turns = Turns(max_loras)
         self.loras: dict[str, LoRARequest] = {}
         self.lora_ids: dict[str, int] = {}
         self.loading: dict[str, asyncio.Task[LoRARequest]] = {}
@@ -135,10 +140,11 @@ class Host:
         params = self.sampling_params(request, len(prompt))
         lora = await self.lora(request.adapter) if request.adapter else None
         outputs = self.engine.generate(tokens_input(prompt), params, str(request.id), lora_request=lora)
-        if request.stream:
-            final = await self.stream(request, prompt, outputs)
-        else:
-            final = [output async for output in outputs][-1]
+        async with self.turns.turn(lora.lora_name) if lora else contextlib.nullcontext():
+            if request.stream:
+                final = await self.stream(request, prompt, outputs)
+            else:
+                final = [output async for output in outputs][-1]
         candidates = [self.candidate(request, output) for output in final.outputs]
         self.stats.count(len(prompt), sum(candidate.output_tokens for candidate in candidates))
         await self.send(Done(request.id, candidates, len(prompt), final.num_cached_tokens or 0))
@@ -367,7 +373,7 @@ async def _main(folder: str, settings: dict[str, Any]) -> int:
         await replies.send(msgspec.msgpack.encode(StartFailed(f"{type(exc).__name__}: {exc}")))
         context.destroy(linger=2000)  # which waits until the message is out
         return 1
-    host = Host(engine, parsers, replies, stats, info["max_lora_rank"])
+    host = Host(engine, parsers, replies, stats, info["max_loras"], info["max_lora_rank"])
     await host.send(Ready(info))
     await asyncio.gather(host.serve(requests), host.watch())
     return 0

@@ -1,0 +1,86 @@
+"""Turns for more adapters than the engine has slots for, so that a rare one is not kept waiting by busy ones.
+
+vLLM passes a request over for as long as every slot has a request running, whoever came first: adapters whose requests
+overlap without end keep all others out. Here a request goes to vLLM when its adapter has a slot. Where an adapter has
+waited for its slot for a while, one that has had its own the longest gets no new requests until its running ones are
+done, and then waits itself. So a request waits at most for the patience and for the longest answer under way, times the
+adapters that wait before it.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+_PATIENCE_S = 0.5  # a few short answers' time: swapping costs a load from memory, and a batch of one adapter less
+
+
+class Turns:
+    """Who may run.
+
+    Args:
+        slots: The engine's ``max_loras``.
+        patience_s: Seconds for which an adapter waits before another one's requests are held back.
+    """
+
+    def __init__(self, slots: int, patience_s: float = _PATIENCE_S) -> None:
+        self._slots, self._patience_s = slots, patience_s
+        self._running: dict[str, int] = {}  # requests by adapter, the adapter that got its slot first stands first
+        self._waiting: dict[str, list[asyncio.Future[None]]] = {}  # by adapter, in the order of their first requests
+        self._closing: str | None = None  # the adapter whose new requests are held back
+        self._timer: asyncio.TimerHandle | None = None
+
+    @contextlib.asynccontextmanager
+    async def turn(self, adapter: str) -> AsyncIterator[None]:
+        """Waits until the adapter has a slot, and keeps it for the block."""
+        if adapter in self._running and adapter != self._closing:
+            self._running[adapter] += 1
+        else:
+            await self._slot(adapter)
+        try:
+            yield
+        finally:
+            self._leave(adapter)
+
+    async def _slot(self, adapter: str) -> None:
+        admitted = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(adapter, []).append(admitted)
+        self._admit()
+        try:
+            await admitted
+        except asyncio.CancelledError:
+            if admitted.cancelled():
+                self._waiting[adapter].remove(admitted)
+                if not self._waiting[adapter]:
+                    del self._waiting[adapter]
+                self._admit()
+            else:  # admitted and cancelled at once
+                self._leave(adapter)
+            raise
+
+    def _leave(self, adapter: str) -> None:
+        self._running[adapter] -= 1
+        if not self._running[adapter]:
+            del self._running[adapter]
+            if adapter == self._closing:
+                self._closing = None
+            self._admit()
+
+    def _admit(self) -> None:
+        """Gives free slots to those who wait, and looks again after a while where some still do."""
+        while self._waiting and len(self._running) < self._slots:
+            self._start(next(iter(self._waiting)))
+        if self._closing is not None and self._waiting.keys() <= {self._closing}:
+            closing, self._closing = self._closing, None  # whom it was closed for has found another slot, or gone
+            self._start(closing)
+        if self._waiting and self._closing is None and self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self._patience_s, self._close)
+
+    def _start(self, adapter: str) -> None:
+        for admitted in self._waiting.pop(adapter, []):
+            self._running[adapter] = self._running.get(adapter, 0) + 1
+            admitted.set_result(None)
+
+    def _close(self) -> None:
+        self._timer = None
+        if self._waiting and self._closing is None:
+            self._closing = next(iter(self._running))

@@ -1,0 +1,127 @@
+"""Which adapter's requests may run: logic on an event loop, without an engine."""
+
+import asyncio
+import contextlib
+
+import pytest
+
+from dspy_lora.engine.turns import Turns
+
+
+class Adapters:
+    """Requests that run until they are told to end; ``log`` says which began, in order."""
+
+    def __init__(self, slots, patience_s=0.0):
+        self.turns, self.log, self.open = Turns(slots, patience_s), [], []
+
+    async def ask(self, adapter):
+        """Starts a request; returns its task and what ends it."""
+        ended = asyncio.Event()
+
+        async def run():
+            async with self.turns.turn(adapter):
+                self.log.append(adapter)
+                await ended.wait()
+
+        task = asyncio.create_task(run())
+        await self.settle()
+        return task, ended.set
+
+    async def settle(self):
+        for _ in range(5):
+            await asyncio.sleep(0)
+
+    async def patience_ends(self):
+        await asyncio.sleep(0.01)
+        await self.settle()
+
+
+async def end(adapters, *requests):
+    for task, stop in requests:
+        stop()
+        await task
+    await adapters.settle()
+
+
+async def test_adapters_with_slots_run_at_once():
+    adapters = Adapters(2)
+    requests = [await adapters.ask(name) for name in "abab"]
+    assert adapters.log == list("abab")
+    await end(adapters, *requests)
+
+
+async def test_an_adapter_gets_the_first_slot_that_is_free():
+    adapters = Adapters(2, patience_s=60)
+    a, b, c, d = [await adapters.ask(name) for name in "abcd"]
+    assert adapters.log == ["a", "b"]
+    await end(adapters, b)
+    assert adapters.log == ["a", "b", "c"]
+    await end(adapters, a, c, d)
+
+
+async def test_busy_adapters_make_room_for_one_that_waits():
+    adapters = Adapters(2)
+    a, b, c = [await adapters.ask(name) for name in "abc"]
+    await adapters.patience_ends()
+    another_a, another_b = await adapters.ask("a"), await adapters.ask("b")
+    assert adapters.log == ["a", "b", "b"]  # a had its slot first, and gets no more
+    await end(adapters, a)
+    assert adapters.log == ["a", "b", "b", "c"]
+    await adapters.patience_ends()
+    await end(adapters, b, another_b)  # now it is b's turn to make room
+    assert adapters.log == ["a", "b", "b", "c", "a"]
+    await end(adapters, another_a, c)
+
+
+async def test_nobody_is_held_back_once_the_one_that_waited_runs():
+    adapters = Adapters(2)
+    a, b, c = [await adapters.ask(name) for name in "abc"]
+    await adapters.patience_ends()
+    held = await adapters.ask("a")
+    await end(adapters, b)  # c gets b's slot, and a goes on
+    assert adapters.log == ["a", "b", "c", "a"]
+    await end(adapters, a, c, held)
+
+
+async def test_a_request_that_is_aborted_while_it_waits_holds_nothing_back():
+    adapters = Adapters(1)
+    a, (waiting, _) = await adapters.ask("a"), await adapters.ask("b")
+    await adapters.patience_ends()
+    held = await adapters.ask("a")
+    assert adapters.log == ["a"]
+    waiting.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await waiting
+    await adapters.settle()
+    assert adapters.log == ["a", "a"]
+    await end(adapters, a, held)
+
+
+async def test_a_request_that_is_aborted_as_it_is_admitted_leaves_its_slot():
+    adapters = Adapters(1, patience_s=60)
+    (_, stop), (waiting, _) = await adapters.ask("a"), await adapters.ask("b")
+    stop()
+    await asyncio.sleep(0)  # a leaves and admits b, which has not run yet
+    waiting.cancel()
+    await adapters.settle()
+    assert waiting.cancelled()
+    c = await adapters.ask("c")
+    assert adapters.log[-1] == "c"
+    await end(adapters, c)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 5])
+async def test_every_request_of_many_adapters_is_answered(slots):
+    turns, done = Turns(slots, patience_s=0.001), []
+
+    async def busy(adapter, count):
+        for _ in range(count):
+            async with turns.turn(adapter):
+                assert len(turns._running) <= slots
+                await asyncio.sleep(0.001)
+            done.append(adapter)
+
+    streams = [busy(adapter, count) for adapter, count in (("a", 40), ("b", 40), ("c", 3), ("d", 1)) for _ in range(3)]
+    await asyncio.wait_for(asyncio.gather(*streams), 60)
+    assert len(done) == 3 * 84
+    assert done.index("d") < len(done) - 60  # not after the busy ones
