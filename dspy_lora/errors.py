@@ -11,6 +11,8 @@
     ├── TrainingError (RuntimeError)           a training run that ended early
     │   └── DivergedError                      its loss is no longer a number
     ├── MissingDependencyError (ImportError)   a package of an extra is not installed
+    ├── TuningError (RuntimeError)             this machine cannot time LoRA's kernels
+    │   └── CrashError                         a setting broke the CUDA context
     └── EngineError (RuntimeError)             the engine process
         ├── EngineStartError                   it did not come up
         └── EngineDiedError                    it died and could not be brought back
@@ -68,7 +70,7 @@ class MissingDependencyError(DspyLoraError, ImportError):
 
 
 class TuningError(DspyLoraError, RuntimeError):
-    """This machine cannot time vLLM's LoRA kernels, or their own defaults fail on it."""
+    """This machine cannot time LoRA's kernels, or their usual settings fail on it."""
 
 
 class CrashError(TuningError):

@@ -120,7 +120,7 @@ class Racer:
 
     def _halve_together(self, heats: Sequence[Sequence[Assignment]], budget: int) -> list[list[Assignment]]:
         """Ranks the arms of each heat; a round of all heats is one batch."""
-        alive = [self._ordered(dict.fromkeys(arms), 0) for arms in heats]
+        alive = [self._ordered(dict.fromkeys(arms), self._least(arms)) for arms in heats]
         dropped: list[list[Assignment]] = [[] for _ in heats]
         end = self.calls + budget
         while running := [arms for arms in alive if len(arms) > 1]:

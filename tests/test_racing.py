@@ -36,6 +36,13 @@ def test_the_winner_is_the_best_assignment_at_a_quarter_of_an_exhaustive_search(
     assert all(result.calls <= budget <= 0.25 * 13**predictors * 100 for result, _ in found)
 
 
+def test_arms_that_know_every_row_keep_their_scores():
+    """Few rows: the last race can ask nothing more, and what was found must not fall back to the start."""
+    found = [race(seed, 2, 13, 480, lambda right: 0.1 + 0.8 * np.mean(right), rows=12) for seed in range(40)]
+    assert sum(result.ranking[0] == ("0", "0") for result, _ in found) == 0
+    assert sum(result.ranking[0] == best for result, best in found) >= 30
+
+
 def test_the_program_as_it_is_wins_between_equals():
     result, _ = race(0, 2, 5, 400, lambda right: 10.0)
     assert result.ranking[0] == ("0", "0")

@@ -21,7 +21,7 @@ from dspy_lora.engine.gpu_tiles import expand_tiles, padded, shrink_tiles
 
 _OPS = "vllm.lora.ops.triton_ops"
 _ALIGNED = 16  # elements: what the kernels tell the compiler of widths, starts and addresses
-_RANKS = (8, 16, 32, 64, 128)
+_RANKS = (8, 16, 32)  # larger ones want tiles of their own: these would not fit a block's shared memory
 _BATCH = "token_indices_sorted_by_lora_ids num_tokens_per_lora lora_token_start_loc lora_ids"
 _NEEDED = {
     "shrink": "input_ptr lora_ptr out_ptr M N K scaling input_d0_stride lora_d0_stride output_d0_stride"
@@ -40,7 +40,12 @@ class TiledGPUWorker(Worker):
 
 
 def install() -> None:
-    """Puts the launchers in the place of vLLM's kernels, for this process; a second time it changes nothing."""
+    """Puts the launchers in the place of vLLM's kernels, for this process; a second time it changes nothing.
+
+    Where vLLM is to answer the same whatever the batch (``VLLM_BATCH_INVARIANT``), its own order of sums is needed.
+    """
+    if importlib.import_module(f"{_OPS}.utils").is_batch_invariant:
+        return
     for op, launch in (("shrink", shrink), ("expand", expand)):
         module, name = importlib.import_module(f"{_OPS}.lora_{op}_op"), f"_lora_{op}_kernel"
         kernel = getattr(module, name, None)
@@ -76,8 +81,7 @@ class Launcher:
 def shrink(loras: int, given: Mapping[str, Any]) -> bool:
     """Launches ``gpu_kernels.shrink``; False where it does not take the product."""
     rank, inputs, slices = given["N"], given["K"], given["SLICE_NUM"]
-    # STORE_PARTIALS: vLLM 0.32's batch-invariant mode, which wants its own order of sums.
-    if rank not in _RANKS or inputs % _ALIGNED or given.get("STORE_PARTIALS"):
+    if rank not in _RANKS or inputs % _ALIGNED:
         return False
     tiles = _tuned(given, "BLOCK_M", "BLOCK_K", "SPLIT_K") or shrink_tiles(given["M"])
     split = tiles["SPLIT_K"]
