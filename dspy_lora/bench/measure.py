@@ -184,7 +184,7 @@ def _ref(bench: Bench, domain: str) -> str:
 
 
 def adapters(bench: Bench) -> list[Figure]:
-    """What adapters cost plain ``LLM.generate`` beside the base model, with dspy-lora's LoRA and with vLLM's own."""
+    """What adapters cost plain ``LLM.generate`` beside base calls of the same engine, with our LoRA and with vLLM's."""
     figures = []
     for name, engine in (("", {}), (", vLLM's own LoRA", {"worker_cls": "auto"})):
         # One engine has the GPU to itself; the workload as it comes, none of it known.

@@ -4,7 +4,8 @@ vLLM's kernels (``vllm/lora/ops/triton_ops``) start a block for every adapter an
 those of a tile's own adapter end at once, and at twelve adapters that is most of a prefill's LoRA time. Where a product
 has several slices (query, key and value, say) they also read addresses from memory, of which the compiler cannot know
 that they are aligned, and so moves two bytes at a time. Here the tiles of all adapters are counted first, and a block
-finds its own; addresses are said to be aligned, which the caller checks; and the slices of one input are read together.
+finds its own; starts, widths (which the caller checks) and addresses (which torch's allocator aligns) are said to be
+aligned; and the slices of one input are read together.
 """
 
 import triton
