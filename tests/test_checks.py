@@ -105,7 +105,7 @@ def test_a_plain_adapter(adapter, base):
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])
 def test_other_number_formats(adapter, base, dtype):
     adapter.tensors = {name: value.astype(dtype) for name, value in adapter.tensors.items()}
-    check_adapter(adapter.save(), base, MAX_RANK)
+    assert check_adapter(adapter.save(), base, MAX_RANK).modules == 14
 
 
 def test_patterns_by_peft_rules(adapter, base):
@@ -134,16 +134,16 @@ def test_targets_as_a_regular_expression(adapter, base):
 def test_the_tied_head(adapter, base):
     adapter.tensors["base_model.model.lm_head.lora_A.weight"] = np.ones((8, 16), np.float32)
     adapter.tensors["base_model.model.lm_head.lora_B.weight"] = np.ones((40, 8), np.float32)
-    check_adapter(adapter.save(target_modules=[*TARGETS, "lm_head"]), base, MAX_RANK)
+    assert check_adapter(adapter.save(target_modules=[*TARGETS, "lm_head"]), base, MAX_RANK).modules == 15
 
 
 @pytest.mark.parametrize("init", [True, False, None, "gaussian", "EVA", "orthogonal"])
 def test_initialisations_that_leave_the_base_as_it_is(adapter, base, init):
-    check_adapter(adapter.save(init_lora_weights=init), base, MAX_RANK)
+    assert check_adapter(adapter.save(init_lora_weights=init), base, MAX_RANK).modules == 14
 
 
 def test_the_base_name_in_the_configuration_is_only_a_hint(adapter, base):
-    check_adapter(adapter.save(base_model_name_or_path="somebody/else"), base, MAX_RANK)
+    assert check_adapter(adapter.save(base_model_name_or_path="somebody/else"), base, MAX_RANK).modules == 14
 
 
 def test_a_base_that_is_not_on_this_disk_is_not_compared(adapter, caplog):
@@ -157,7 +157,7 @@ def test_a_packed_weight_shows_no_shape(adapter, tmp_path):
     base = write_base(tmp_path / "quantised")
     file = tmp_path / "quantised" / "model-00001-of-00002.safetensors"
     save_file({name: np.ones((64, 1), np.uint8) for name in load_file(file)}, file)
-    check_adapter(adapter.save(), resolve_base(base.name), MAX_RANK)
+    assert check_adapter(adapter.save(), resolve_base(base.name), MAX_RANK).modules == 14
 
 
 def test_an_adapter_that_peft_wrote(tmp_path):
@@ -496,4 +496,4 @@ def test_a_folder_that_holds_no_model(tmp_path):
 def test_a_base_with_a_corrupt_file(adapter, base):
     (Path(base.path) / "model-00001-of-00002.safetensors").write_bytes(b"nothing")
     with pytest.raises(ConfigError, match="cannot be read"):
-        check_adapter(adapter.save(), resolve_base(base.name), MAX_RANK)
+        assert check_adapter(adapter.save(), resolve_base(base.name), MAX_RANK).modules == 14

@@ -34,6 +34,7 @@ def test_the_winner_is_the_best_assignment_at_a_quarter_of_an_exhaustive_search(
     found = [race(seed, predictors, 13, budget, chance) for seed in range(20)]
     assert sum(result.ranking[0] == best for result, best in found) >= 18
     assert all(result.calls <= budget <= 0.25 * 13**predictors * 100 for result, _ in found)
+    assert all(len(result.rounds) <= 12 for result, _ in found)  # each is one batch
 
 
 def test_arms_that_know_every_row_keep_their_scores():

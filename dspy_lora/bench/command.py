@@ -145,6 +145,9 @@ def report(figures: list[Figure], args: argparse.Namespace) -> dict[str, Any]:
         "calls": args.calls,
         "threads": args.threads,
         "repeats": args.repeats,
+        "words": args.words,
+        "answers": args.answers,
+        "rank": args.rank if args.shape else None,
         "engine": args.engine,
         "base_model": args.shape or args.base_model,
         "figures": [

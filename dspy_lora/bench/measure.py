@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import dspy
 
@@ -19,6 +19,8 @@ from dspy_lora.bench.servers import RawVLLM, openai_server, raw_vllm
 from dspy_lora.bench.workload import AnyText, Question, in_threads, questions, signature
 from dspy_lora.config import load_config
 from dspy_lora.engine.settings import EngineSettings, engine_settings
+
+Batch: TypeAlias = tuple[Sequence[Question], Sequence[str | None]]  # and the adapter of each; None: the base model
 
 _SHORT_TOKENS = 16  # a label in DSPy's chat format
 _LONG_TOKENS = 64  # with reasoning
@@ -145,12 +147,12 @@ def throughput(bench: Bench) -> list[Figure]:
     with raw_vllm(bench.settings, bench.adapters) as raw, dspy_settings(adapter=AnyText()):
         for tokens in bench.answers:
             programs = {domain: _program(bench, domain, max_tokens=tokens) for domain in bench.domains}
-            _raw_tokens_a_second(bench, raw, bench.fresh(24), tokens)
+            _raw_tokens_a_second(raw, [_own_adapters(bench, bench.fresh(24))], tokens)
             bench.run(bench.fresh(24), lambda question: programs[question.domain](text=question.text))  # noqa: B023
             plain, through = [], []
             for _ in range(bench.repeats):
                 asked = bench.fresh()
-                plain.append(_raw_tokens_a_second(bench, raw, asked, tokens))
+                plain.append(_raw_tokens_a_second(raw, [_own_adapters(bench, asked)], tokens))
                 seconds = bench.run(asked, lambda question: programs[question.domain](text=question.text))  # noqa: B023
                 through.append(tokens * len(asked) / seconds)
             figures += [
@@ -167,20 +169,21 @@ def _program(bench: Bench, domain: str, **kwargs: Any) -> dspy.Predict:
     return program
 
 
-def _raw_tokens_a_second(bench: Bench, raw: RawVLLM, asked: Sequence[Question], tokens: int) -> float:
-    return tokens * len(asked) / _raw_seconds(raw, asked, [_ref(bench, question.domain) for question in asked], tokens)
-
-
-def _raw_seconds(raw: RawVLLM, asked: Sequence[Question], adapters: Sequence[str | None], tokens: int) -> float:
+def _raw_tokens_a_second(raw: RawVLLM, batches: Sequence[Batch], tokens: int) -> float:
+    """Output tokens a second of plain vLLM over batches that follow each other."""
     sampling = {"temperature": 0.0, "max_tokens": tokens, "ignore_eos": True}
-    done = raw.generate([question.messages for question in asked], adapters, sampling)
-    return float(done["seconds"])
+    done = [raw.generate([each.messages for each in asked], adapters, sampling) for asked, adapters in batches]
+    return sum(part["tokens"] for part in done) / float(sum(part["seconds"] for part in done))
 
 
 def _ref(bench: Bench, domain: str) -> str:
     revision = bench.lms[domain].adapter
     assert revision is not None
     return revision.ref
+
+
+def _own_adapters(bench: Bench, asked: Sequence[Question]) -> Batch:
+    return asked, [_ref(bench, question.domain) for question in asked]
 
 
 def adapters(bench: Bench) -> list[Figure]:
@@ -201,23 +204,21 @@ def adapters(bench: Bench) -> list[Figure]:
 
 def _speeds_by_adapters(bench: Bench, raw: RawVLLM) -> dict[str, tuple[float, ...]]:
     """Tokens a second of each kind of batch, in turns; the first turn, in which the engine warms up, is left out."""
-    tokens = max(bench.answers)
+    first = _ref(bench, bench.domains[0])
 
-    def in_turn(asked: Sequence[Question]) -> float:
-        return sum(
-            _raw_seconds(raw, part, [_ref(bench, domain)] * len(part), tokens)
-            for domain in bench.domains
-            if (part := [question for question in asked if question.domain == domain])
-        )
+    def one_after_another(asked: Sequence[Question]) -> list[Batch]:
+        parts = ([each for each in asked if each.domain == domain] for domain in bench.domains)
+        return [_own_adapters(bench, part) for part in parts if part]
 
-    kinds: dict[str, Callable[[Sequence[Question]], float]] = {
-        "base model": lambda asked: _raw_seconds(raw, asked, [None] * len(asked), tokens),
-        "one adapter": lambda asked: _raw_seconds(raw, asked, [_ref(bench, bench.domains[0])] * len(asked), tokens),
-        "twelve mixed": lambda asked: _raw_seconds(raw, asked, [_ref(bench, each.domain) for each in asked], tokens),
-        "twelve one after another": in_turn,
+    kinds: dict[str, Callable[[Sequence[Question]], list[Batch]]] = {
+        "base model": lambda asked: [(asked, [None] * len(asked))],
+        "one adapter": lambda asked: [(asked, [first] * len(asked))],
+        "twelve mixed": lambda asked: [_own_adapters(bench, asked)],
+        "twelve one after another": one_after_another,
     }
+    tokens = max(bench.answers)
     turns = [
-        {kind: tokens * bench.calls / ask(bench.fresh()) for kind, ask in kinds.items()}
+        {kind: _raw_tokens_a_second(raw, batches(bench.fresh()), tokens) for kind, batches in kinds.items()}
         for _ in range(bench.repeats + 1)
     ]
     return {kind: tuple(turn[kind] for turn in turns[1:]) for kind in kinds}

@@ -10,5 +10,6 @@ settings.py   what an engine is started with · openai_server.py  vLLM's own ser
 failures.py   what to tell a user whose engine did not come up, or died
 processes.py  ending an engine with everything that belongs to it
 parsers.py    vLLM's reasoning and tool parsers · cpu_lora.py  LoRA on the CPU
-samples.py    n samples of a call · flights.py  equal calls at once
+gpu_lora.py   LoRA on an NVIDIA GPU · gpu_kernels.py  its Triton kernels · gpu_tiles.py  how they cut a product
+samples.py    n samples of a call · flights.py  equal calls at once · turns.py  more adapters than slots
 """

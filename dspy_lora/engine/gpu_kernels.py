@@ -1,11 +1,11 @@
 """LoRA products for a batch of many adapters, in Triton.
 
-vLLM's kernels (``vllm/lora/ops/triton_ops``) start a block for every adapter and every tile of the whole batch; all but
-those of a tile's own adapter end at once, and at twelve adapters that is most of a prefill's LoRA time. Where a product
-has several slices (query, key and value, say) they also read addresses from memory, of which the compiler cannot know
-that they are aligned, and so moves two bytes at a time. Here the tiles of all adapters are counted first, and a block
-finds its own; starts, widths (which the caller checks) and addresses (which torch's allocator aligns) are said to be
-aligned; and the slices of one input are read together.
+vLLM's kernels (``vllm/lora/ops/triton_ops``) start a block for every adapter and every tile of the whole batch; with
+twelve adapters, twelve of thirteen blocks have nothing to do. Where a product has several slices (query, key and value,
+say) they also read addresses from memory, of which the compiler cannot know that they are aligned, and so moves two
+bytes at a time. Here the tiles of all adapters are counted first, and a block finds its own; starts, widths (which the
+caller checks) and addresses (which torch's allocator aligns) are said to be aligned; and the slices of one input are
+read together.
 """
 
 import triton
