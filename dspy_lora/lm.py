@@ -206,6 +206,8 @@ class LoRALM(dspy.LM):
                     engine.serve(self.model_string(revision.ref), Adapter(revision.ref, str(revision.path)))
             elif self._adapter:
                 engine.serve(self.model, Adapter(self._adapter.ref, str(self._adapter.path)))
+        if isinstance(self._engine_spec, LocalEngine):
+            self._engine_spec.know(self._registry)
 
     # -- calls -----------------------------------------------------------------------------------------------------
 
@@ -236,8 +238,9 @@ class LoRALM(dspy.LM):
         """Figures of the running engine.
 
         Returns:
-            Running and waiting requests, tokens per second since the last look, the adapters resident in it,
-            prefix-cache queries and hits (tokens), uptime in seconds, restarts.
+            Running and waiting requests, tokens per second since the last look, the adapters resident in it, how
+            many are in its CPU memory (used or not), prefix-cache queries and hits (tokens), uptime in seconds,
+            restarts.
         """
         return self._engine_spec.stats()
 

@@ -6,6 +6,8 @@ import queue
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -363,6 +365,29 @@ def test_after_ctrl_c_ended_the_program_calls_fail_and_no_engine_starts(client, 
     with pytest.raises(EngineError, match="ending after Ctrl-C"):
         ask(client)
     assert len(StandIn.made) == 1
+
+
+def test_an_engine_that_starts_is_told_of_the_adapters_that_registries_have_for_its_base(client):
+    mine, other = SETTINGS.base.revision, "another"
+    first = [SimpleNamespace(ref=f"a{i}@1", path=Path(f"/a{i}"), base=mine) for i in range(3)]
+    second = [SimpleNamespace(ref="b@1", path=Path("/b"), base=other), SimpleNamespace(ref="c@1", path="/c", base=mine)]
+    client.registries = {
+        Path("/1"): SimpleNamespace(list=lambda: first),
+        Path("/2"): SimpleNamespace(list=lambda: raises(AdapterError("not readable"))),
+        Path("/3"): SimpleNamespace(list=lambda: second),
+    }
+
+    ask(client)
+    eventually(lambda: StandIn.made)
+    StandIn.made[0].replies.put(Ready({"max_cpu_loras": 4}))
+    eventually(lambda: len(StandIn.made[0].sent) == 5)
+
+    assert [each.adapter.name for each in StandIn.made[0].sent[1:]] == ["a0@1", "a1@1", "a2@1", "c@1"]
+    assert {each.name for each in StandIn.made[0].sent[1:]} == {"ahead"}
+
+
+def raises(error):
+    raise error
 
 
 def test_equal_settings_share_a_client(client):

@@ -77,6 +77,16 @@ def refusal(lm):
     return str(caught.value)
 
 
+def test_adapters_that_the_registry_knows_are_in_memory_before_anyone_asks_for_them(make):
+    deadline = time.monotonic() + 60
+    while (stats := make().engine_stats())["adapters_in_memory"] < ENGINE["max_cpu_loras"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+    assert stats["adapters_in_memory"] == ENGINE["max_cpu_loras"]
+    assert stats["adapters"] == []
+
+
 def test_twelve_adapters_and_the_base_take_turns_in_two_slots_and_answer_as_alone(make):
     lms = [make(domain) for domain in [*DOMAINS, None]]
     alone = [ask(lm) for lm in lms]

@@ -52,7 +52,7 @@ def addresses(weights):
     return weights[0] if len(weights) == 1 else pointers
 
 
-@pytest.mark.parametrize("rank", [8, 16, 32])
+@pytest.mark.parametrize("rank", [8, 16, 32, 64])
 @pytest.mark.parametrize("slots", BATCHES, ids=str)
 @pytest.mark.parametrize("slices", [1, 2, 3])
 def test_shrink_multiplies_every_token_with_its_adapter_s_a(gpu_lora, device, slots, slices, rank):

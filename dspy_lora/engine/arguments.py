@@ -8,6 +8,7 @@ from typing import Any
 
 from dspy_lora.engine.settings import check_engine_args
 
+_LORAS_IN_MEMORY = 32  # 2.7 GB for rank 16 of Llama 3 8B; they are read once instead of at every swap
 _GROUPED_LORA_VLLM = "0.32."  # the versions that cpu_lora.py was tested with
 
 
@@ -83,5 +84,6 @@ def engine_args(settings: dict[str, Any]) -> dict[str, Any]:
     elif current_platform.is_cuda():
         args["worker_cls"] = "dspy_lora.engine.gpu_lora.TiledGPUWorker"
     args |= json.loads(settings["args"])
+    args.setdefault("max_cpu_loras", max(_LORAS_IN_MEMORY, args["max_loras"]))
     check_engine_args(args, {field.name for field in dataclasses.fields(vllm.AsyncEngineArgs)})
     return args | {"model": settings["base"]["path"]}

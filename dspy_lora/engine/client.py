@@ -16,7 +16,8 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dspy_lora.engine.host_process import HostProcess
 from dspy_lora.engine.protocol import (
@@ -31,7 +32,17 @@ from dspy_lora.engine.protocol import (
     StartFailed,
 )
 from dspy_lora.engine.settings import EngineSettings
-from dspy_lora.errors import AdapterError, EngineDiedError, EngineError, EngineStartError, MissingDependencyError
+from dspy_lora.errors import (
+    AdapterError,
+    DspyLoraError,
+    EngineDiedError,
+    EngineError,
+    EngineStartError,
+    MissingDependencyError,
+)
+
+if TYPE_CHECKING:
+    from dspy_lora.adapters.registry import AdapterRegistry
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +93,7 @@ class EngineClient:
         self.settings = settings
         self.info: dict[str, Any] = {}
         self.restarts = 0
+        self.registries: dict[Path, AdapterRegistry] = {}  # by folder; their adapters are brought in ahead of use
         self._ids = itertools.count(1)
         self._pending: dict[int, Pending] = {}
         self._lock = threading.RLock()
@@ -221,6 +233,18 @@ class EngineClient:
             host.started(reply.info)
             for pending in self._pending.values():
                 self._send(host, pending)
+            for adapter in self._known()[: self.info.get("max_cpu_loras")]:
+                host.send(Command(next(self._ids), "ahead", adapter))
+
+    def _known(self) -> list[Adapter]:
+        """The adapters of this engine's base that the registries have now."""
+        found: dict[str, Adapter] = {}
+        for registry in list(self.registries.values()):
+            with contextlib.suppress(DspyLoraError):  # who asks for one gets the error
+                for revision in registry.list():
+                    if revision.base == self.settings.base.revision:
+                        found[revision.ref] = Adapter(revision.ref, str(revision.path))
+        return list(found.values())
 
     def _host_ended(self, host: "HostProcess", error: EngineError | None) -> None:
         """Starts a host that died under open calls again; calls under which it died twice get the error."""

@@ -17,6 +17,8 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.platforms import current_platform
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from dspy_lora.engine.lora_loading import LoadsAside
+
 if TYPE_CHECKING:
     from vllm.lora.layers import LoRAMapping
 
@@ -202,8 +204,8 @@ class GroupedPunica(PunicaWrapperCPU):
         super().add_lora_embedding(y, x.masked_fill(without, 0), lora_b_stacked, add_inputs, **kwargs)
 
 
-class GroupedCPUWorker(CPUWorker):
-    """vLLM's CPU worker with ``GroupedPunica`` in the place of its own LoRA path."""
+class GroupedCPUWorker(LoadsAside, CPUWorker):
+    """vLLM's CPU worker with ``GroupedPunica`` in the place of its own LoRA path, and adapters loaded aside."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Loads the model; its LoRA layers are made here and ask the platform for their implementation."""

@@ -8,6 +8,7 @@ take, go vLLM's own way.
 
 import functools
 import importlib
+import itertools
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -18,10 +19,11 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from dspy_lora.engine import gpu_kernels
 from dspy_lora.engine.gpu_tiles import expand_tiles, padded, shrink_tiles
+from dspy_lora.engine.lora_loading import LoadsAside
 
 _OPS = "vllm.lora.ops.triton_ops"
 _ALIGNED = 16  # elements: what the kernels tell the compiler of widths, starts and addresses
-_RANKS = (8, 16, 32)  # larger ones want tiles of their own: these would not fit a block's shared memory
+_RANKS = (8, 16, 32, 64)  # larger ones want tiles of their own: these would not fit a block's shared memory
 _BATCH = "token_indices_sorted_by_lora_ids num_tokens_per_lora lora_token_start_loc lora_ids"
 _NEEDED = {
     "shrink": "input_ptr lora_ptr out_ptr M N K scaling input_d0_stride lora_d0_stride output_d0_stride"
@@ -31,12 +33,22 @@ _NEEDED = {
 }
 
 
-class TiledGPUWorker(Worker):
-    """vLLM's GPU worker with dspy-lora's LoRA kernels."""
+class TiledGPUWorker(LoadsAside, Worker):
+    """vLLM's GPU worker with dspy-lora's LoRA kernels, and adapters loaded aside."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         install()
         super().__init__(*args, **kwargs)
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Runs batches of every size for which the kernels have a form of their own, before vLLM's own warm-up.
+
+        vLLM runs none of adapters but those of its graphs, so that the first long prompts would wait for a compiler.
+        """
+        most, adapters = self.model_runner.max_num_tokens, self.lora_config.max_loras
+        for tokens in sorted({most, *(size for size in map(pow, itertools.repeat(2), range(32)) if size < most)}):
+            self.model_runner._dummy_run(tokens, skip_eplb=True, remove_lora=False, num_active_loras=adapters)
+        return super().compile_or_warm_up_model()
 
 
 def install() -> None:
@@ -83,7 +95,7 @@ def shrink(loras: int, given: Mapping[str, Any]) -> bool:
     rank, inputs, slices = given["N"], given["K"], given["SLICE_NUM"]
     if rank not in _RANKS or inputs % _ALIGNED:
         return False
-    tiles = _tuned(given, "BLOCK_M", "BLOCK_K", "SPLIT_K") or shrink_tiles(given["M"])
+    tiles = _tuned(given, "BLOCK_M", "BLOCK_K", "SPLIT_K") or shrink_tiles(given["M"], slices * rank)
     split = tiles["SPLIT_K"]
     gpu_kernels.shrink[(_most_tiles(given["M"], loras, tiles["BLOCK_M"]) * split,)](
         given["input_ptr"], given["lora_ptr"], given["out_ptr"], *_batch(given), loras, given["scaling"],

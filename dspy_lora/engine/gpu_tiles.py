@@ -6,14 +6,23 @@ little between products, so the number of tokens decides alone.
 
 LEAST = 16  # rows and columns that Triton's dot takes
 _FEW = 512  # tokens: a decode step, or a short prompt
+_MANY = 128  # outputs: three slices of rank 64, say; chosen by what fits, not by timings
 
 
-def shrink_tiles(tokens: int) -> dict[str, int]:
-    """The tiles of an input's product with A: tokens, inputs a step, and parts that the inputs are split into."""
+def shrink_tiles(tokens: int, outputs: int) -> dict[str, int]:
+    """The tiles of an input's product with A: tokens, inputs a step, and parts that the inputs are split into.
+
+    Args:
+        tokens: Of the batch.
+        outputs: Of all slices, which one tile takes; many leave room for fewer inputs in a block's shared memory.
+    """
+    many = outputs > _MANY
     if tokens <= _FEW:
-        return {"BLOCK_M": 16, "BLOCK_K": 128, "SPLIT_K": 32 if tokens <= 64 else 16, "num_warps": 4, "num_stages": 3}
-    split = 4 if tokens <= 4096 else 2 if tokens <= 12288 else 1
-    return {"BLOCK_M": 64, "BLOCK_K": 128, "SPLIT_K": split, "num_warps": 4, "num_stages": 3}
+        height, split = 16, 32 if tokens <= 64 else 16
+    else:
+        height, split = 64, 4 if tokens <= 4096 else 2 if tokens <= 12288 else 1
+    inputs, warps = (64, 8 if height == 64 else 4) if many else (128, 4)
+    return {"BLOCK_M": height, "BLOCK_K": inputs, "SPLIT_K": split, "num_warps": warps, "num_stages": 3}
 
 
 def expand_tiles(tokens: int) -> dict[str, int]:

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 ENGINE_DIED = 70  # exit status that tells the client vLLM's core is gone
 _PARENT_POLL_S = 2.0
 _ENGINE_POLL_S = 0.5
+_READ_POLL_S = 0.01
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank may be
 
 
@@ -65,8 +66,7 @@ class Host:
         parsers: Reasoning and tool parsers of the model.
         replies: Socket to the client.
         stats: Collects scheduler statistics.
-        max_loras: Slots for adapters.
-        max_lora_rank: Largest rank of an adapter that the engine takes.
+        info: What the engine says of itself.
     """
 
     def __init__(
@@ -75,20 +75,22 @@ class Host:
         parsers: Parsers,
         replies: zmq.asyncio.Socket,
         stats: Statistics,
-        max_loras: int,
-        max_lora_rank: int,
+        info: dict[str, Any],
     ) -> None:
         self.engine = engine
         self.tokenizer = engine.get_tokenizer()
         self.max_model_len: int = engine.model_config.max_model_len
-        self.max_lora_rank = max_lora_rank
+        self.max_lora_rank: int = info["max_lora_rank"]
+        self.max_cpu_loras: int = info["max_cpu_loras"]
+        self.loads_aside: bool = info["loads_aside"]
         self.parsers = parsers
         self.replies = replies
         self.stats = stats
-        self.turns = Turns(max_loras)
+        self.turns = Turns(info["max_loras"])
         self.loras: dict[str, LoRARequest] = {}
         self.lora_ids: dict[str, int] = {}
         self.loading: dict[str, asyncio.Task[LoRARequest]] = {}
+        self.one_ahead = asyncio.Lock()
         self.tasks: dict[int, asyncio.Task[None]] = {}
 
     async def serve(self, requests: zmq.asyncio.Socket) -> None:
@@ -213,25 +215,22 @@ class Host:
             raise AdapterError(
                 f"adapter {adapter.name!r} is gone from {adapter.path!r}. Publish it again, or name another revision."
             )
-        if adapter.name in self.loras:
-            return self.loras[adapter.name]
+        if lora := self.loras.get(adapter.name):
+            if len(self.loras) > self.max_cpu_loras:
+                await self.bring(lora)  # others may have pushed it out of CPU memory
+            return lora
         if adapter.name not in self.loading:
             self.loading[adapter.name] = task = asyncio.create_task(self.load(adapter))
             task.add_done_callback(lambda _: self.loading.pop(adapter.name))
         return await asyncio.shield(self.loading[adapter.name])
 
     async def load(self, adapter: Adapter) -> "LoRARequest":
-        """Loads an adapter, under the same integer id whenever it is loaded.
-
-        vLLM takes requests of one name for one adapter, and finds its slot by the id: while calls still run under an
-        adapter that was unloaded, a second id for its name would end vLLM's core.
-        """
-        from vllm.lora.request import LoRARequest
+        """Loads an adapter into a slot."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        await asyncio.to_thread(self.check_rank, adapter)
-        lora = LoRARequest(adapter.name, self.lora_ids.setdefault(adapter.name, len(self.lora_ids) + 1), adapter.path)
+        lora = await self.lora_request(adapter)
         try:
+            await self.bring(lora)
             await self.engine.add_lora(lora)
         except EngineDeadError:
             raise
@@ -239,6 +238,23 @@ class Host:
             raise AdapterError(f"vLLM cannot load adapter {adapter.name!r} from {adapter.path!r}: {exc}") from exc
         self.loras[adapter.name] = lora
         return lora
+
+    async def lora_request(self, adapter: Adapter) -> "LoRARequest":
+        """vLLM's request for an adapter, under the same integer id whenever it is loaded.
+
+        vLLM takes requests of one name for one adapter, and finds its slot by the id: while calls still run under an
+        adapter that was unloaded, a second id for its name would end vLLM's core.
+        """
+        from vllm.lora.request import LoRARequest
+
+        await asyncio.to_thread(self.check_rank, adapter)
+        return LoRARequest(adapter.name, self.lora_ids.setdefault(adapter.name, len(self.lora_ids) + 1), adapter.path)
+
+    async def bring(self, lora: "LoRARequest") -> None:
+        """Waits until an adapter is in the workers' CPU memory; the running requests do not."""
+        place = (lora.lora_name, lora.lora_int_id, lora.lora_path)
+        while self.loads_aside and not all(await self.engine.collective_rpc("bring_adapter", args=place)):
+            await asyncio.sleep(_READ_POLL_S)
 
     def check_rank(self, adapter: Adapter) -> None:
         """Refuses an adapter that needs more room than the engine was started with."""
@@ -258,9 +274,12 @@ class Host:
         os._exit(ENGINE_DIED)
 
     async def command(self, command: Command) -> None:
-        """Answers ``load``, ``unload``, ``stats``, ``sleep`` and ``wake``."""
+        """Answers ``ahead``, ``load``, ``unload``, ``stats``, ``sleep`` and ``wake``."""
         value: dict[str, Any] = {}
-        if command.name == "load" and command.adapter:
+        if command.name == "ahead" and command.adapter:
+            async with self.one_ahead:  # one waits behind a single read, not behind them all
+                await self.bring(await self.lora_request(command.adapter))
+        elif command.name == "load" and command.adapter:
             await self.engine.add_lora(await self.lora(command.adapter))  # again, if it was swapped out
         elif command.name == "unload" and command.adapter:
             if lora := self.loras.pop(command.adapter.name, None):
@@ -270,6 +289,7 @@ class Host:
             resident = await self.engine.list_loras()
             names = {lora.lora_int_id: name for name, lora in self.loras.items()}
             value = self.stats.snapshot() | {"adapters": sorted(names[id] for id in resident if id in names)}
+            value["adapters_in_memory"] = len(resident)
         elif command.name == "sleep":
             await self.engine.sleep()
         elif command.name == "wake":
@@ -353,6 +373,8 @@ def _start(settings: dict[str, Any], stats: Statistics) -> "tuple[AsyncLLM, dict
         "max_model_len": engine.model_config.max_model_len,
         "max_loras": args["max_loras"],
         "max_lora_rank": args["max_lora_rank"],
+        "max_cpu_loras": args["max_cpu_loras"],
+        "loads_aside": args.get("worker_cls", "").startswith("dspy_lora."),
         "vllm": vllm.__version__,
         "device": current_platform.device_type,
     }
@@ -373,7 +395,7 @@ async def _main(folder: str, settings: dict[str, Any]) -> int:
         await replies.send(msgspec.msgpack.encode(StartFailed(f"{type(exc).__name__}: {exc}")))
         context.destroy(linger=2000)  # which waits until the message is out
         return 1
-    host = Host(engine, parsers, replies, stats, info["max_loras"], info["max_lora_rank"])
+    host = Host(engine, parsers, replies, stats, info)
     await host.send(Ready(info))
     await asyncio.gather(host.serve(requests), host.watch())
     return 0

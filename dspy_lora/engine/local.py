@@ -3,7 +3,7 @@
 import asyncio
 import queue
 from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dspy import lm15
 
@@ -14,6 +14,9 @@ from dspy_lora.engine.routes import Routes, choose_model
 from dspy_lora.engine.samples import Samples
 from dspy_lora.engine.settings import EngineSettings
 from dspy_lora.errors import EngineError
+
+if TYPE_CHECKING:
+    from dspy_lora.adapters.registry import AdapterRegistry
 
 
 class _Engine:
@@ -46,6 +49,10 @@ class _Engine:
         """Says which adapter a model string stands for."""
         if adapter is not None:
             self.adapters[model] = adapter
+
+    def know(self, registry: "AdapterRegistry") -> None:
+        """Has an engine that starts bring a registry's adapters into its CPU memory, ahead of their use."""
+        self.client.registries[registry.root] = registry
 
     def preload(self, model: str) -> None:
         """Starts the engine if needed and loads the adapter of a model string."""

@@ -50,7 +50,10 @@ class Abort(msgspec.Struct, tag=True):
 
 
 class Command(msgspec.Struct, tag=True, omit_defaults=True):
-    """Something other than a prompt: ``load``, ``unload`` (an adapter), ``stats``, ``sleep``, ``wake``."""
+    """Something other than a prompt: ``ahead``, ``load``, ``unload`` (an adapter), ``stats``, ``sleep``, ``wake``.
+
+    ``load`` brings an adapter into a slot, ``ahead`` into the engine's CPU memory.
+    """
 
     id: int
     name: str
@@ -90,7 +93,8 @@ class Ready(msgspec.Struct, tag=True):
     """The engine is up.
 
     Attributes:
-        info: ``max_model_len``, ``max_loras``, ``max_lora_rank``, ``vllm`` (version), ``device``.
+        info: ``max_model_len``, ``max_loras``, ``max_lora_rank``, ``max_cpu_loras``, ``loads_aside`` (whether the
+            workers read adapters beside the running requests), ``vllm`` (version), ``device``.
     """
 
     info: dict[str, Any]

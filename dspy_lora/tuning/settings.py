@@ -58,7 +58,8 @@ class Setting:
 def default(problem: Problem) -> Setting:
     """The setting that the launchers take where there are no files."""
     if problem.product.op == "shrink":
-        tiles = shrink_tiles(problem.tokens) | {"BLOCK_N": padded(problem.product.slices * problem.rank)}
+        outputs = problem.product.slices * problem.rank
+        tiles = shrink_tiles(problem.tokens, outputs) | {"BLOCK_N": padded(outputs)}
     else:
         tiles = expand_tiles(problem.tokens) | {"BLOCK_K": padded(problem.rank)}
     return Setting(**{name.lower(): value for name, value in tiles.items()})
