@@ -73,6 +73,17 @@ async def test_busy_adapters_make_room_for_one_that_waits():
     await end(adapters, another_a, c)
 
 
+async def test_an_adapter_that_comes_later_has_to_be_as_patient_as_the_one_before():
+    adapters = Adapters(1, patience_s=60)
+    a, b = [await adapters.ask(name) for name in "ab"]
+    first = adapters.turns._timer
+    await end(adapters, a)
+    c = await adapters.ask("c")
+    assert first.cancelled()
+    assert adapters.turns._timer is not first
+    await end(adapters, b, c)
+
+
 async def test_nobody_is_held_back_once_the_one_that_waited_runs():
     adapters = Adapters(2)
     a, b, c = [await adapters.ask(name) for name in "abc"]

@@ -72,6 +72,9 @@ class Turns:
         if self._closing is not None and self._waiting.keys() <= {self._closing}:
             closing, self._closing = self._closing, None  # whom it was closed for has found another slot, or gone
             self._start(closing)
+        if self._timer is not None and not self._waiting:
+            self._timer.cancel()
+            self._timer = None
         if self._waiting and self._closing is None and self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self._patience_s, self._close)
 
