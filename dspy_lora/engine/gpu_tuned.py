@@ -1,0 +1,102 @@
+"""Which folder of tiles, found by `dspy-lora tune`, an engine on an NVIDIA GPU takes, if any.
+
+vLLM takes settings from the folder in ``VLLM_TUNED_CONFIG_FOLDER``. It falls back to the nearest number of tokens and
+the nearest width, without a word, and fails where the number of slices is missing: so ``find`` asks for exact ones.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from dspy_lora.engine.gpu_shapes import Op, Product
+from dspy_lora.engine.gpu_tiles import VERSION
+from dspy_lora.errors import ConfigError
+
+RECORD = "tuned.json"
+
+
+def stem(gpu: str) -> str:
+    """A GPU's name as vLLM writes it in the names of files."""
+    return gpu.replace(" ", "_").replace("-", "_")
+
+
+def names(gpu: str, op: Op) -> list[str]:
+    """The files in which vLLM looks for an operation's settings (utils.py, load_lora_op_config).
+
+    Expand has two: it adds to its output, or, where VLLM_LORA_ENABLE_DUAL_STREAM is set, overwrites it. Both get what
+    was timed with the addition.
+    """
+    ends = ["SHRINK"] if op == "shrink" else ["EXPAND_TRUE", "EXPAND_FALSE"]
+    return [f"{stem(gpu)}_{end}.json" for end in ends]
+
+
+def read(file: Path) -> dict[str, Any]:
+    """A file's object; empty where there is no file.
+
+    Raises:
+        ConfigError: It cannot be read, or holds something else.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as exc:
+        raise ConfigError(f"{file} cannot be read ({exc}): remove it, and run `dspy-lora tune` again.") from exc
+    if not isinstance(found, dict):
+        raise ConfigError(f"{file} holds no JSON object: remove it, and run `dspy-lora tune` again.")
+    return found
+
+
+def find(folder: Path, gpu: str, vllm: str, products: Iterable[Product], rank: int, max_loras: int) -> Path | str:
+    """Says whether a folder's settings are for an engine.
+
+    Args:
+        folder: A folder that `dspy-lora tune` wrote.
+        gpu: The engine's GPU, as torch names it.
+        vllm: The engine's version of vLLM.
+        products: What its model computes.
+        rank: Its ``max_lora_rank``.
+        max_loras: Its ``max_loras``.
+
+    Returns:
+        The folder, or in a line why it does not fit.
+    """
+    try:
+        record = read(folder / RECORD)
+        if not record:
+            return f"there is no {RECORD} in {folder}"
+        if why := _other_conditions(record, gpu, vllm):
+            return f"{folder} is {why}"
+        tuned = {product for model in record["models"].values() for product in model["products"]}
+        for product in products:
+            files = [read(folder / name) for name in names(gpu, product.op)]
+            if str(product) not in tuned or not all(_covers(file, product, rank, max_loras) for file in files):
+                return f"{folder} has no settings for {product} at rank {rank} and max_loras {max_loras}"
+    except ConfigError as exc:
+        return str(exc)
+    except (AttributeError, KeyError, TypeError) as exc:
+        return f"{folder} holds something else than `dspy-lora tune` writes ({exc!r})"
+    return folder
+
+
+def _other_conditions(record: dict[str, Any], gpu: str, vllm: str) -> str | None:
+    if record.get("gpu") != gpu:
+        return f"tuned for {record.get('gpu')}, this is {gpu}"
+    if _public(str(record.get("vllm"))) != _public(vllm):
+        return f"tuned with vLLM {record.get('vllm')}, this is {vllm}"
+    if record.get("kernels") != VERSION:
+        return f"tuned for version {record.get('kernels')} of dspy-lora's kernels, this is {VERSION}"
+    return None
+
+
+def _covers(data: dict[str, Any], product: Product, rank: int, max_loras: int) -> bool:
+    """Whether vLLM finds the product's own settings, whatever the number of tokens."""
+    by_tokens = data.get(str(max_loras + 1), {}).get(str(product.slices), {})
+    inputs, outputs = map(str, product.sizes(rank))
+    return bool(by_tokens) and all(outputs in widths.get(inputs, {}) for widths in by_tokens.values())
+
+
+def _public(version: str) -> str:
+    """A version without what names its build: 0.32.0 of 0.32.0+cu129."""
+    return version.partition("+")[0]
