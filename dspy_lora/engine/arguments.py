@@ -6,6 +6,7 @@ import os
 import sys
 from typing import Any
 
+from dspy_lora.engine import gpu_tuned
 from dspy_lora.engine.settings import check_engine_args
 
 _GROUPED_LORA_VLLM = "0.32."  # the versions that cpu_lora.py was tested with
@@ -81,7 +82,9 @@ def engine_args(settings: dict[str, Any]) -> dict[str, Any]:
     if current_platform.is_cpu():
         args |= _cpu_args(settings["kv_cache_gib"], vllm.__version__)
     elif current_platform.is_cuda():
-        args["worker_cls"] = "dspy_lora.engine.gpu_lora.TiledGPUWorker"
+        args["worker_cls"] = gpu_tuned.TILED
     args |= json.loads(settings["args"])
     check_engine_args(args, {field.name for field in dataclasses.fields(vllm.AsyncEngineArgs)})
+    if current_platform.is_cuda():
+        args["worker_cls"] = gpu_tuned.worker(args, settings["base"]["path"])
     return args | {"model": settings["base"]["path"]}
