@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from dspy_lora import cli
 from dspy_lora.engine import gpu_tiles, gpu_tuned
 from dspy_lora.engine.gpu_shapes import Product, products
 from dspy_lora.errors import ConfigError, CrashError, TuningError
@@ -461,6 +462,30 @@ def test_command_without_a_gpu(config_file, monkeypatch):
         command.run(arguments("--config", config_file))
 
 
+def test_without_a_gpu_it_ends_in_one_line_and_leaves_no_folder(config_file, tmp_path, monkeypatch, capsys):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["tune", "--config", config_file]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: `dspy-lora tune` times") and printed.err.count("\n") == 1
+    assert not printed.out and not (tmp_path / "tuned").exists()
+
+
+def test_several_ranks_are_tuned_in_one_run(config_file, tmp_path, monkeypatch):
+    import torch
+    import vllm
+
+    monkeypatch.setattr(command, "require_gpu", lambda: None)
+    monkeypatch.setattr(command, "Bench", Fake)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: GPU)
+    folder, ranks = tmp_path / "tuned", [str(rank) for rank in gpu_tiles.RANKS]
+    command.run(arguments("--config", config_file, "--output", str(folder), "--tokens", "64", "--ranks", *ranks))
+    for rank in gpu_tiles.RANKS:
+        assert gpu_tuned.find(folder, GPU, vllm.__version__, products(LLAMA_3_8B), rank, 12) == folder
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -496,6 +521,11 @@ def test_command_tunes_and_writes(config_file, tmp_path, monkeypatch, capsys):
     assert "expand 2 x 14336          16   2048    65536.0    32768.0   2.00  m16 n128 k16" in printed
     # expand: 4 calls of a layer at 32 rows, shrink: 4 at 64
     assert f"a layer                   16   1024{1024 * (4 * 32 + 4 * 64):>9}.0" in printed
+    assert printed.index("usual settings: 10 of 14 problems") < printed.index("usual settings: 14 of 14 problems")
+    assert printed.index("14 of 14") < printed.index("product    ") < printed.index("expand 2 x 14336")
+    assert printed.count("usual settings:") == 2
+    last = f"An engine takes them with VLLM_TUNED_CONFIG_FOLDER={folder.resolve()} in its environment."
+    assert printed.splitlines()[-1] == last
     assert f"all of these                       {3072 * (4 * 32 + 4 * 64):>9}.0" in printed
     assert gpu_tuned.find(folder, GPU, vllm.__version__, products(LLAMA_3_8B), 16, 12) == folder
 

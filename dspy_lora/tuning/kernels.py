@@ -28,16 +28,18 @@ def require_gpu() -> None:
         from vllm.triton_utils import HAS_TRITON
     except ImportError as exc:
         raise TuningError(
-            f"`dspy-lora tune` times vLLM's LoRA kernels, and {exc.name} is not installed: on a machine with an NVIDIA "
+            f"`dspy-lora tune` times LoRA's kernels, and {exc.name} is not installed: on a machine with an NVIDIA "
             "GPU, pip install 'dspy-lora[vllm]'."
         ) from exc
     if not torch.cuda.is_available():
         raise TuningError(
-            "`dspy-lora tune` times vLLM's LoRA kernels on the GPU that will serve, and torch finds no CUDA device. "
+            "`dspy-lora tune` times LoRA's kernels on the GPU that will serve, and torch finds no CUDA device. "
             "Run it there; a model's config.json is enough (--config FILE)."
         )
     if not HAS_TRITON:
-        raise TuningError("`dspy-lora tune`: vLLM finds no Triton here, so it has no such kernels: pip install triton.")
+        raise TuningError(
+            "`dspy-lora tune`: vLLM finds no Triton here, in which the kernels are written: pip install triton."
+        )
 
 
 class Bench:
