@@ -5,7 +5,7 @@ little between products, so the number of tokens decides alone.
 """
 
 VERSION = 1  # of the kernels; raise it with any change that may make another setting the fastest: old times are void
-RANKS = (8, 16, 32)  # that they take; larger ones want tiles of their own: these would not fit a block's shared memory
+RANKS = (8, 16, 32)  # that they take; tiles for larger ones would not fit a block's shared memory
 LEAST = 16  # rows and columns that Triton's dot takes
 _FEW = 512  # tokens: a decode step, or a short prompt
 
