@@ -33,6 +33,7 @@ _ROOMS = {
     "route": ("dspy_lora.route_command", "say which domain a text is of, or measure how well that is said"),
     "serve": ("dspy_lora.serve_command", "start vLLM's OpenAI server with the registry's adapters"),
     "train": ("dspy_lora.training.command", "train an adapter for one domain or several"),
+    "tune": ("dspy_lora.tuning.command", "find tiles for LoRA's kernels on this GPU, for a model and its ranks"),
 }
 
 _FAILED = 2
@@ -73,7 +74,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     _add_adapters(commands)
     asked_for = next((word for word in words if not word.startswith("-")), None)
     for name, (module, text) in _ROOMS.items():
-        command = commands.add_parser(name, help=text, description=text.capitalize() + ".")
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         if name == asked_for:
             room = importlib.import_module(module)
             room.add_arguments(command)

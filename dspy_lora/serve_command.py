@@ -162,6 +162,7 @@ def command_line(server: OpenAIServer) -> str:
     """vLLM's own command line, with the environment that it needs, for a shell."""
     before = dict(os.environ)
     words = prepare(json.loads(server.command[-1]))
-    added = {name: value for name, value in os.environ.items() if name not in before and name.startswith(_OURS)}
-    assignments = [f"{name}={shlex.quote(value)}" for name, value in added.items()]
+    ours = [name for name in before | os.environ if name.startswith(_OURS)]
+    after = {name: os.environ.get(name, "") for name in ours if before.get(name) != os.environ.get(name)}
+    assignments = [f"{name}={shlex.quote(value)}" for name, value in after.items()]
     return " ".join([*assignments, shlex.join([sys.executable, "-m", MODULE, *words])])

@@ -122,18 +122,91 @@ def test_a_kernel_with_other_arguments_is_left_in_its_place(gpu_lora, monkeypatc
     shrink = importlib.import_module("vllm.lora.ops.triton_ops.lora_shrink_op")
     monkeypatch.setattr(shrink, "_lora_shrink_kernel", shrink._lora_shrink_kernel)
     monkeypatch.setattr(module, "_lora_expand_kernel", other := lambda: None)
-    gpu_lora.install()
+    gpu_lora.install(tuned=False)
     assert module._lora_expand_kernel is other
     assert "expand by vLLM's own kernel, whose arguments lack ['ADD_INPUTS'" in capsys.readouterr().err
+
+
+TILE = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT_K": 2, "num_warps": 8, "num_stages": 4}
+OWN = {"shrink": ("BLOCK_M", "BLOCK_K", "SPLIT_K"), "expand": ("BLOCK_M", "BLOCK_N")}
+
+
+@pytest.fixture
+def vllm_s(gpu_lora, monkeypatch):
+    """Puts stand-ins in the place of vLLM's kernels, whose arguments are vLLM's but for what is left out."""
+
+    modules = {op: importlib.import_module(f"vllm.lora.ops.triton_ops.lora_{op}_op") for op in OWN}
+
+    def put(without=()):
+        tile = [name for name in TILE if name.isupper() and name not in without]
+        for op, module in modules.items():
+            own = type("Kernel", (), {"arg_names": [*gpu_lora._NEEDED[op].split(), *tile]})()
+            monkeypatch.setattr(module, f"_lora_{op}_kernel", own)
+        return lambda op: getattr(modules[op], f"_lora_{op}_kernel")
+
+    return put
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+@pytest.mark.parametrize("op", ["shrink", "expand"])
+def test_tiles_are_those_handed_over_only_where_they_are_for_these_kernels(gpu_lora, vllm_s, monkeypatch, op, tuned):
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *_, **kwargs: launched.append(kwargs)
+
+    kernel = vllm_s()
+    monkeypatch.setattr(gpu_lora.gpu_kernels, op, Kernel())
+    monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", "/of/whom")  # says nothing of whose settings are there
+    gpu_lora.install(not tuned)
+    gpu_lora.install(tuned)  # the last word counts
+    sizes = {"N": 16, "K": 64} if op == "shrink" else {"N": 64, "K": 16}
+    given = dict.fromkeys(gpu_lora._NEEDED[op].split(), 0) | {"M": 4, "SLICE_NUM": 1, "SAME_STRIDE": True}
+    kernel(op)[1, 1, 13](**given | TILE | sizes | {"lora_ids": torch.zeros(13)})
+    rules = gpu_lora.shrink_tiles(4, 16) if op == "shrink" else gpu_lora.expand_tiles(4)
+    expected = {name: TILE[name] for name in (*OWN[op], "num_warps", "num_stages")} if tuned else rules
+    assert expected.items() <= launched[0].items()
+
+
+def test_a_tuned_setting_is_read_from_arguments_that_have_to_be_there(gpu_lora, vllm_s, capsys):
+    kernel = vllm_s(without=("BLOCK_M", "SPLIT_K"))
+    gpu_lora.install(tuned=True)
+    assert not any(isinstance(kernel(op), gpu_lora.Launcher) for op in OWN)
+    printed = capsys.readouterr().err
+    assert "shrink by vLLM's own kernel, whose arguments lack ['BLOCK_M', 'SPLIT_K']" in printed
+    assert "expand by vLLM's own kernel, whose arguments lack ['BLOCK_M']" in printed
+    gpu_lora.install(tuned=False)  # the rules need none of them
+    assert all(isinstance(kernel(op), gpu_lora.Launcher) for op in OWN)
+
+
+def test_workers_say_whose_settings_they_take(gpu_lora):
+    assert (gpu_lora.TiledGPUWorker.tuned, gpu_lora.TunedGPUWorker.tuned) == (False, True)
+
+
+def test_a_tuned_tile_computes_the_same(gpu_lora, device):
+    slots, loras, inputs = [*range(-1, 5)] * 7, 5, 272
+    x, weight = drawn(len(slots), inputs, device=device), drawn(loras, RANK, inputs, device=device) / inputs**0.5
+    outs = []
+    for tuned in (False, True):
+        outs.append(torch.zeros(1, len(slots), RANK, device=device))
+        given = batch(slots, loras, device) | {
+            "input_ptr": x, "lora_ptr": weight, "out_ptr": outs[-1], "N": RANK, "K": inputs, "scaling": 0.5,
+            "input_d0_stride": x.stride(0), "lora_d0_stride": weight.stride(0), "SLICE_NUM": 1,
+            "output_d0_stride": outs[-1].stride(0), "output_d1_stride": outs[-1].stride(1),
+        }  # fmt: skip
+        assert gpu_lora.shrink(loras + 1, given | TILE, tuned)
+    assert outs[0].any()
+    torch.testing.assert_close(outs[1], outs[0], atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 60, 3000])
 @pytest.mark.parametrize("widths", [(4096,), (14336, 14336), (4096, 1024, 1024)], ids=str)
 def test_results_are_those_of_vllm_s_kernels(gpu_lora, monkeypatch, tokens, widths):
+    from dspy_lora.engine.gpu_shapes import Product
     from dspy_lora.tuning.inputs import Inputs
     from dspy_lora.tuning.problem import Problem
-    from dspy_lora.tuning.shapes import Product
 
     for product in (Product("expand", widths), Product("shrink", (4096,) * len(widths))):
         module = importlib.import_module(f"vllm.lora.ops.triton_ops.lora_{product.op}_op")

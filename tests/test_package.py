@@ -78,6 +78,9 @@ def test_wheel_holds_code_data_and_optimizers(tmp_path):
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
+    tuned = source / "dspy_lora/tuning/tuned/A_GPU/tuned.json"
+    tuned.parent.mkdir(parents=True, exist_ok=True)
+    tuned.write_text("{}")
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w"]
     subprocess.run([*command, tmp_path, source], check=True, capture_output=True, timeout=200)
     (wheel,) = tmp_path.glob("*.whl")
@@ -87,6 +90,7 @@ def test_wheel_holds_code_data_and_optimizers(tmp_path):
     code |= {f"dspy_lora/{p.relative_to(source).as_posix()}" for p in (source / "optimizers").rglob("*.py")}
     seedling = source / "dspy_lora/seedling"
     data = [p for part in ("base", "adapters", "router") for p in (seedling / part).rglob("*") if p.is_file()]
+    data += (source / "dspy_lora/tuning/tuned").rglob("*.json")
     data += [
         seedling / "MODEL_CARD.md",
         seedling / "words.txt",

@@ -148,6 +148,20 @@ def test_a_dry_run_prints_a_command_for_a_shell(vllm_s_arguments, started, capsy
     assert not started
 
 
+def test_a_dry_run_prints_what_the_engine_changes_and_drops(vllm_s_arguments, capsys, monkeypatch):
+    def engine_args(settings):
+        os.environ["VLLM_CHANGED"] = "after"
+        del os.environ["VLLM_DROPPED"]
+        return ENGINE_ARGS
+
+    monkeypatch.setattr(openai_server, "engine_args", engine_args)
+    os.environ |= {"VLLM_CHANGED": "before", "VLLM_DROPPED": "1", "VLLM_KEPT": "1"}
+    serve_command.run(parse("--base-model", "seedling", "--dry-run"))
+    words = shlex.split(capsys.readouterr().out)
+    assert {"VLLM_CHANGED=after", "VLLM_DROPPED="} <= set(words)
+    assert not any(word.startswith("VLLM_KEPT") for word in words)
+
+
 # -- the start ---------------------------------------------------------------------------------------------------------
 
 

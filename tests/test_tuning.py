@@ -5,12 +5,14 @@ import json
 
 import pytest
 
+from dspy_lora import cli
+from dspy_lora.engine import gpu_tiles, gpu_tuned
+from dspy_lora.engine.gpu_shapes import Product, products
 from dspy_lora.errors import ConfigError, CrashError, TuningError
 from dspy_lora.tuning import command, files
 from dspy_lora.tuning.problem import Problem
 from dspy_lora.tuning.search import Outcome, Search
 from dspy_lora.tuning.settings import AXES, Setting, along, default, fits, shared_bytes
-from dspy_lora.tuning.shapes import Product, products
 from dspy_lora.tuning.trials import Trials
 
 LLAMA_3_8B = {
@@ -378,30 +380,54 @@ def test_a_setting_has_every_key_that_vllm_s_own_has():
 def test_find_says_why_a_folder_does_not_fit(tmp_path):
     files.save(tmp_path, GPU, "0.32.0+cu129", "llama", outcomes_for(LLAMA_3_8B))
     llama = products(LLAMA_3_8B)
-    find = functools.partial(files.find, tmp_path)
+    find = functools.partial(gpu_tuned.find, tmp_path)
     assert find(GPU, "0.32.0", llama, 16, 12) == tmp_path
     assert "this is NVIDIA H200" in find("NVIDIA H200", "0.32.0", llama, 16, 12)
     assert "with vLLM 0.32.0+cu129, this is 0.32.1" in find(GPU, "0.32.1", llama, 16, 12)
     assert "at rank 32 and" in find(GPU, "0.32.0", llama, 32, 12)
     assert "and max_loras 4" in find(GPU, "0.32.0", llama, 16, 4)
-    assert "no settings for shrink 3 x 1024" in find(GPU, "0.32.0", products(QWEN3_06B), 16, 12)
-    assert "no tuned.json" in files.find(tmp_path / "none", GPU, "0.32.0", llama, 16, 12)
+    assert "no settings for shrink 3 x 1024 " in find(GPU, "0.32.0", products(QWEN3_06B), 16, 12)
+    assert "no tuned.json" in gpu_tuned.find(tmp_path / "none", GPU, "0.32.0", llama, 16, 12)
+
+
+def test_settings_for_other_kernels_are_not_taken(tmp_path, monkeypatch):
+    files.save(tmp_path, GPU, "0.32.0", "llama", outcomes_for(LLAMA_3_8B))
+    Trials(tmp_path / "trials.jsonl", files.conditions(GPU, "0.32.0"))
+    for module in (gpu_tuned, files):
+        monkeypatch.setattr(module, "VERSION", gpu_tiles.VERSION + 1)
+    found = gpu_tuned.find(tmp_path, GPU, "0.32.0", products(LLAMA_3_8B), 16, 12)
+    assert f"for version {gpu_tiles.VERSION} of dspy-lora's kernels, this is {gpu_tiles.VERSION + 1}" in found
+    with pytest.raises(ConfigError, match=r"kernels 1, not 2: give another --output"):
+        files.save(tmp_path, GPU, "0.32.0", "llama", outcomes_for(LLAMA_3_8B))
+    with pytest.raises(ConfigError, match=r"kernels 1, now 2"):
+        Trials(tmp_path / "trials.jsonl", files.conditions(GPU, "0.32.0"))
+
+
+def test_widths_under_which_vllm_finds_another_model_s_settings(tmp_path):
+    """Of unequal slices it looks the largest up: q, k and v of 4096, 1024 and 1024, or all of 4096."""
+    files.save(tmp_path, GPU, "0.32.0", "llama", outcomes_for(LLAMA_3_8B | {"num_key_value_heads": 32}))
+    found = gpu_tuned.find(tmp_path, GPU, "0.32.0", products(LLAMA_3_8B), 16, 12)
+    assert "no settings for expand 4096+1024+1024 at" in found
+    files.save(tmp_path, GPU, "0.32.0", "other", outcomes_for(LLAMA_3_8B))
+    assert gpu_tuned.find(tmp_path, GPU, "0.32.0", products(LLAMA_3_8B), 16, 12) == tmp_path
 
 
 def test_find_asks_for_every_number_of_tokens(tmp_path):
     files.save(tmp_path, GPU, "0.32.0", "llama", outcomes_for(LLAMA_3_8B))
     files.save(tmp_path, GPU, "0.32.0", "qwen", outcomes_for(QWEN3_06B, tokens=(64,)))
     # At 1 token vLLM would take a setting of the llama's, the only ones for that number.
-    assert "no settings" in files.find(tmp_path, GPU, "0.32.0", products(QWEN3_06B), 16, 12)
-    assert files.find(tmp_path, GPU, "0.32.0", products(LLAMA_3_8B), 16, 12) == tmp_path
+    assert "no settings" in gpu_tuned.find(tmp_path, GPU, "0.32.0", products(QWEN3_06B), 16, 12)
+    assert gpu_tuned.find(tmp_path, GPU, "0.32.0", products(LLAMA_3_8B), 16, 12) == tmp_path
 
 
 def test_find_survives_broken_files(tmp_path):
     files.save(tmp_path, GPU, "0.32.0", "llama", outcomes_for(LLAMA_3_8B))
     (tmp_path / "NVIDIA_H100_80GB_HBM3_X_EXPAND_FALSE.json").unlink()
-    assert "no settings for expand" in files.find(tmp_path, GPU, "0.32.0", products(LLAMA_3_8B), 16, 12)
+    assert "no settings for expand" in gpu_tuned.find(tmp_path, GPU, "0.32.0", products(LLAMA_3_8B), 16, 12)
+    (tmp_path / "tuned.json").write_text(json.dumps(files.conditions(GPU, "0.32.0")))
+    assert "something else than" in gpu_tuned.find(tmp_path, GPU, "0.32.0", products(LLAMA_3_8B), 16, 12)
     (tmp_path / "tuned.json").write_text("{")
-    assert "cannot be read" in files.find(tmp_path, GPU, "0.32.0", products(LLAMA_3_8B), 16, 12)
+    assert "cannot be read" in gpu_tuned.find(tmp_path, GPU, "0.32.0", products(LLAMA_3_8B), 16, 12)
 
 
 def test_a_folder_of_another_vllm_is_not_mixed(tmp_path):
@@ -436,10 +462,35 @@ def test_command_without_a_gpu(config_file, monkeypatch):
         command.run(arguments("--config", config_file))
 
 
+def test_without_a_gpu_it_ends_in_one_line_and_leaves_no_folder(config_file, tmp_path, monkeypatch, capsys):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["tune", "--config", config_file]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: `dspy-lora tune` times") and printed.err.count("\n") == 1
+    assert not printed.out and not (tmp_path / "tuned").exists()
+
+
+def test_several_ranks_are_tuned_in_one_run(config_file, tmp_path, monkeypatch):
+    import torch
+    import vllm
+
+    monkeypatch.setattr(command, "require_gpu", lambda: None)
+    monkeypatch.setattr(command, "Bench", Fake)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: GPU)
+    folder, ranks = tmp_path / "tuned", [str(rank) for rank in gpu_tiles.RANKS]
+    command.run(arguments("--config", config_file, "--output", str(folder), "--tokens", "64", "--ranks", *ranks))
+    for rank in gpu_tiles.RANKS:
+        assert gpu_tuned.find(folder, GPU, vllm.__version__, products(LLAMA_3_8B), rank, 12) == folder
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--ranks", "0"], "--ranks 0"),
+        (["--ranks", "8", "128"], "--ranks 128: dspy-lora's kernels take 8, 16, 32"),
         (["--budget-minutes", "0"], "--budget-minutes 0"),
         (["--tokens", "16", "-1"], "--tokens -1"),
     ],
@@ -467,11 +518,16 @@ def test_command_tunes_and_writes(config_file, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "tuned"
     assert command.run(arguments("--config", config_file, "--output", str(folder), "--tokens", "1024", "2048")) == 0
     printed = capsys.readouterr().out
-    assert "expand 2 x 14336     16   2048    65536.0    32768.0   2.00  m16 n128 k16" in printed
+    assert "expand 2 x 14336          16   2048    65536.0    32768.0   2.00  m16 n128 k16" in printed
     # expand: 4 calls of a layer at 32 rows, shrink: 4 at 64
-    assert f"a layer              16   1024{1024 * (4 * 32 + 4 * 64):>9}.0" in printed
-    assert f"all of these                  {3072 * (4 * 32 + 4 * 64):>9}.0" in printed
-    assert files.find(folder, GPU, vllm.__version__, products(LLAMA_3_8B), 16, 12) == folder
+    assert f"a layer                   16   1024{1024 * (4 * 32 + 4 * 64):>9}.0" in printed
+    assert printed.index("usual settings: 10 of 14 problems") < printed.index("usual settings: 14 of 14 problems")
+    assert printed.index("14 of 14") < printed.index("product    ") < printed.index("expand 2 x 14336")
+    assert printed.count("usual settings:") == 2
+    last = f"An engine takes them with VLLM_TUNED_CONFIG_FOLDER={folder.resolve()} in its environment."
+    assert printed.splitlines()[-1] == last
+    assert f"all of these                       {3072 * (4 * 32 + 4 * 64):>9}.0" in printed
+    assert gpu_tuned.find(folder, GPU, vllm.__version__, products(LLAMA_3_8B), 16, 12) == folder
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------------------

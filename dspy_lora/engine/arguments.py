@@ -6,6 +6,7 @@ import os
 import sys
 from typing import Any
 
+from dspy_lora.engine import gpu_tuned
 from dspy_lora.engine.settings import check_engine_args
 
 _LORAS_IN_MEMORY = 32  # 2.7 GB for rank 16 of Llama 3 8B; they are read once instead of at every swap
@@ -82,8 +83,10 @@ def engine_args(settings: dict[str, Any]) -> dict[str, Any]:
     if current_platform.is_cpu():
         args |= _cpu_args(settings["kv_cache_gib"], vllm.__version__)
     elif current_platform.is_cuda():
-        args["worker_cls"] = "dspy_lora.engine.gpu_lora.TiledGPUWorker"
+        args["worker_cls"] = gpu_tuned.TILED
     args |= json.loads(settings["args"])
     args.setdefault("max_cpu_loras", max(_LORAS_IN_MEMORY, args["max_loras"]))
     check_engine_args(args, {field.name for field in dataclasses.fields(vllm.AsyncEngineArgs)})
+    if current_platform.is_cuda():
+        args["worker_cls"] = gpu_tuned.worker(args, settings["base"]["path"])
     return args | {"model": settings["base"]["path"]}

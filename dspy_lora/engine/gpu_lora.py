@@ -1,15 +1,14 @@
 """LoRA on vLLM's CUDA back end with the kernels of ``gpu_kernels.py``.
 
-The host names ``TiledGPUWorker`` as vLLM's ``worker_cls`` on an NVIDIA GPU. It puts launchers in the place of vLLM's
-two kernels, under the same functions: what vLLM checks, remembers and captures in graphs stays as it is. A kernel that
-lacks an argument which the launchers read (those of vLLM 0.26 and 0.32 have them all), and a product that they do not
-take, go vLLM's own way.
+The host names ``TiledGPUWorker`` as vLLM's ``worker_cls`` on an NVIDIA GPU, or ``TunedGPUWorker`` where gpu_tuned.py
+has found tiles. It puts launchers in the place of vLLM's two kernels, under the same functions: what vLLM checks,
+remembers and captures in graphs stays as it is. A kernel that lacks an argument which the launchers read (those of vLLM
+0.26 and 0.32 have them all), and a product that they do not take, go vLLM's own way.
 """
 
 import functools
 import importlib
 import itertools
-import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,12 +17,11 @@ import torch
 from vllm.v1.worker.gpu_worker import Worker
 
 from dspy_lora.engine import gpu_kernels
-from dspy_lora.engine.gpu_tiles import expand_tiles, padded, shrink_tiles
+from dspy_lora.engine.gpu_tiles import RANKS, expand_tiles, padded, shrink_tiles
 from dspy_lora.engine.lora_loading import LoadsAside
 
 _OPS = "vllm.lora.ops.triton_ops"
 _ALIGNED = 16  # elements: what the kernels tell the compiler of widths, starts and addresses
-_RANKS = (8, 16, 32, 64)  # larger ones want tiles of their own: these would not fit a block's shared memory
 _BATCH = "token_indices_sorted_by_lora_ids num_tokens_per_lora lora_token_start_loc lora_ids"
 _NEEDED = {
     "shrink": "input_ptr lora_ptr out_ptr M N K scaling input_d0_stride lora_d0_stride output_d0_stride"
@@ -31,13 +29,16 @@ _NEEDED = {
     "expand": "input_ptr lora_ptr out_ptr M N K slice_start_loc input_d0_stride input_d1_stride ls_d0_ptr"
     f" output_d0_stride output_hs_ptr ADD_INPUTS SLICE_NUM SAME_STRIDE {_BATCH}",
 }
+_TILES = {"shrink": ("BLOCK_M", "BLOCK_K", "SPLIT_K"), "expand": ("BLOCK_M", "BLOCK_N")}  # of a tuned setting
 
 
 class TiledGPUWorker(LoadsAside, Worker):
     """vLLM's GPU worker with dspy-lora's LoRA kernels, and adapters loaded aside."""
 
+    tuned = False
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        install()
+        install(self.tuned)
         super().__init__(*args, **kwargs)
 
     def compile_or_warm_up_model(self) -> Any:
@@ -51,10 +52,20 @@ class TiledGPUWorker(LoadsAside, Worker):
         return super().compile_or_warm_up_model()
 
 
-def install() -> None:
-    """Puts the launchers in the place of vLLM's kernels, for this process; a second time it changes nothing.
+class TunedGPUWorker(TiledGPUWorker):
+    """The same, with the tiles that vLLM reads from a folder of `dspy-lora tune`."""
+
+    tuned = True
+
+
+def install(tuned: bool) -> None:
+    """Puts the launchers in the place of vLLM's kernels, for this process; a later call replaces them.
 
     Where vLLM is to answer the same whatever the batch (``VLLM_BATCH_INVARIANT``), its own order of sums is needed.
+
+    Args:
+        tuned: Whether the settings that vLLM hands over are for these kernels; else they are for its own, and the rules
+            of gpu_tiles.py decide.
     """
     if importlib.import_module(f"{_OPS}.utils").is_batch_invariant:
         return
@@ -62,11 +73,12 @@ def install() -> None:
         module, name = importlib.import_module(f"{_OPS}.lora_{op}_op"), f"_lora_{op}_kernel"
         kernel = getattr(module, name, None)
         if isinstance(kernel, Launcher):
-            continue
-        if missing := set(_NEEDED[op].split()) - set(getattr(kernel, "arg_names", ())):
+            kernel = kernel.kernel
+        needed = {*_NEEDED[op].split(), *(_TILES[op] if tuned else ())}
+        if missing := needed - set(getattr(kernel, "arg_names", ())):
             print(f"LoRA's {op} by vLLM's own kernel, whose arguments lack {sorted(missing)}", file=sys.stderr)
             continue
-        setattr(module, name, Launcher(kernel, launch))
+        setattr(module, name, Launcher(kernel, functools.partial(launch, tuned=tuned)))
 
 
 class Launcher:
@@ -90,12 +102,12 @@ class Launcher:
             self.kernel[grid](*args, **kwargs)
 
 
-def shrink(loras: int, given: Mapping[str, Any]) -> bool:
+def shrink(loras: int, given: Mapping[str, Any], tuned: bool = False) -> bool:
     """Launches ``gpu_kernels.shrink``; False where it does not take the product."""
     rank, inputs, slices = given["N"], given["K"], given["SLICE_NUM"]
-    if rank not in _RANKS or inputs % _ALIGNED:
+    if rank not in RANKS or inputs % _ALIGNED:
         return False
-    tiles = _tuned(given, "BLOCK_M", "BLOCK_K", "SPLIT_K") or shrink_tiles(given["M"], slices * rank)
+    tiles = _handed_over(given, "shrink") if tuned else shrink_tiles(given["M"], slices * rank)
     split = tiles["SPLIT_K"]
     gpu_kernels.shrink[(_most_tiles(given["M"], loras, tiles["BLOCK_M"]) * split,)](
         given["input_ptr"], given["lora_ptr"], given["out_ptr"], *_batch(given), loras, given["scaling"],
@@ -106,13 +118,13 @@ def shrink(loras: int, given: Mapping[str, Any]) -> bool:
     return True
 
 
-def expand(loras: int, given: Mapping[str, Any]) -> bool:
+def expand(loras: int, given: Mapping[str, Any], tuned: bool = False) -> bool:
     """Launches ``gpu_kernels.expand``; False where it does not take the product."""
     rank, widest, slices = given["K"], given["N"], given["SLICE_NUM"]
     placed = (given["slice_start_loc"], widest, *([] if given["SAME_STRIDE"] else [given["output_hs_ptr"]]))
-    if rank not in _RANKS or not all(map(_is_aligned, placed)):
+    if rank not in RANKS or not all(map(_is_aligned, placed)):
         return False
-    tiles = _tuned(given, "BLOCK_M", "BLOCK_N") or expand_tiles(given["M"])
+    tiles = _handed_over(given, "expand") if tuned else expand_tiles(given["M"])
     columns = -(-widest // tiles["BLOCK_N"])
     gpu_kernels.expand[(_most_tiles(given["M"], loras, tiles["BLOCK_M"]) * columns, slices)](
         given["input_ptr"], given["lora_ptr"], given["out_ptr"], given["slice_start_loc"], given["output_hs_ptr"],
@@ -129,11 +141,9 @@ def _batch(given: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
     return tuple(given[name] for name in names)
 
 
-def _tuned(given: Mapping[str, Any], *names: str) -> dict[str, int] | None:
-    """The setting that vLLM hands over, where it reads settings from files; else it has but its own kernels'."""
-    if not os.environ.get("VLLM_TUNED_CONFIG_FOLDER"):
-        return None
-    return {name: given[name] for name in (*names, "num_warps", "num_stages")}
+def _handed_over(given: Mapping[str, Any], op: str) -> dict[str, int]:
+    """The setting that vLLM has read from a folder."""
+    return {name: given[name] for name in (*_TILES[op], "num_warps", "num_stages")}
 
 
 def _most_tiles(tokens: int, loras: int, height: int) -> int:

@@ -4,6 +4,8 @@ Chosen by timings on an H100, of the Llama-3-8B shape's products at rank 16 with
 little between products, so the number of tokens decides alone.
 """
 
+VERSION = 1  # of the kernels; raise it with any change that may make another setting the fastest: old times are void
+RANKS = (8, 16, 32, 64)  # that they take; the tiles of larger ones would not fit a block's shared memory
 LEAST = 16  # rows and columns that Triton's dot takes
 _FEW = 512  # tokens: a decode step, or a short prompt
 _MANY = 128  # outputs: three slices of rank 64, say; chosen by what fits, not by timings

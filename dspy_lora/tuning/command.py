@@ -8,16 +8,19 @@ from typing import Any
 
 from dspy_lora.adapters.base import resolve_base
 from dspy_lora.config import load_config
+from dspy_lora.engine.gpu_shapes import Product, products
+from dspy_lora.engine.gpu_tiles import RANKS
+from dspy_lora.engine.gpu_tuned import FOLDER
 from dspy_lora.errors import ConfigError
 from dspy_lora.tuning import files, trials
 from dspy_lora.tuning.kernels import Bench, require_gpu
 from dspy_lora.tuning.problem import Problem
 from dspy_lora.tuning.search import Outcome, Search
-from dspy_lora.tuning.shapes import Product, products
 from dspy_lora.tuning.trials import Trials
 
 _DECODE = [2**power for power in range(9)]
 _PREFILL = [512, 2048, 8192, 16384]
+_TOLD = 10  # problems from one line of progress to the next
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,24 +60,41 @@ def run(args: argparse.Namespace) -> int:
 
     gpu = torch.cuda.get_device_name()
     files.require_same(args.output, gpu, vllm.__version__)
-    known = Trials(args.output / trials.NAME, {"gpu": gpu, "vllm": vllm.__version__})
+    known = Trials(args.output / trials.NAME, files.conditions(gpu, vllm.__version__))
     print(f"{model} on {gpu}: {len(counts)} problems; {len(known)} trials known from {args.output / trials.NAME}")
-    print(_line("product", "rank", "m", "usual us", "tuned us", "ratio", "setting"))
-    outcomes = []
-    for outcome in Search(known, Bench().measure).run(counts, args.budget_minutes * 60):
-        print(row(outcome), flush=True)
-        outcomes.append(outcome)
+    outcomes = _search(Search(known, Bench().measure, tell=_tell), counts, args.budget_minutes * 60)
     files.save(args.output, gpu, vllm.__version__, model, outcomes)
     for line in sums(outcomes, counts):
         print(line)
-    print(f"The engine takes them with VLLM_TUNED_CONFIG_FOLDER={args.output.resolve()}")
+    print(f"An engine takes them with {FOLDER}={args.output.resolve()} in its environment.")
     return 0
+
+
+def _search(search: Search, counts: dict[Problem, int], budget: float) -> list[Outcome]:
+    """Runs the search and prints its table row by row."""
+    outcomes: list[Outcome] = []
+    for outcome in search.run(counts, budget):
+        if not outcomes:
+            print(_line("product", "rank", "m", "usual us", "tuned us", "ratio", "setting"))
+        print(row(outcome), flush=True)
+        outcomes.append(outcome)
+    return outcomes
+
+
+def _tell(done: int, total: int) -> None:
+    """Shows that something happens before the first row: to compile and time a usual setting takes seconds."""
+    if done % _TOLD == 0 or done == total:
+        print(f"the usual settings: {done} of {total} problems timed", flush=True)
 
 
 def _check(args: argparse.Namespace) -> None:
     for flag, values in (("ranks", args.ranks), ("max-loras", [args.max_loras]), ("tokens", args.tokens)):
         if bad := [value for value in values if value < 1]:
             raise ConfigError(f"--{flag} {bad[0]}: give a number from 1.")
+    if other := [rank for rank in args.ranks if rank not in RANKS]:
+        raise ConfigError(
+            f"--ranks {other[0]}: dspy-lora's kernels take {', '.join(map(str, RANKS))}; others run on vLLM's own."
+        )
     if args.budget_minutes <= 0:
         raise ConfigError(f"--budget-minutes {args.budget_minutes}: give more than 0.")
 
@@ -138,4 +158,4 @@ def _times(name: str, rank: object, tokens: object, before: float, after: float,
 
 
 def _line(name: str, rank: object, tokens: object, before: str, after: str, ratio: str, setting: str) -> str:
-    return f"{name:18}{rank:>5}{tokens:>7}{before:>11}{after:>11}{ratio:>7}  {setting}".rstrip()
+    return f"{name:23}{rank:>5}{tokens:>7}{before:>11}{after:>11}{ratio:>7}  {setting}".rstrip()

@@ -1,7 +1,6 @@
 """Times LoRA's kernels on the GPU, called as vLLM calls them."""
 
 import importlib
-import os
 import statistics
 from typing import TYPE_CHECKING
 from unittest.mock import patch
@@ -29,16 +28,18 @@ def require_gpu() -> None:
         from vllm.triton_utils import HAS_TRITON
     except ImportError as exc:
         raise TuningError(
-            f"`dspy-lora tune` times vLLM's LoRA kernels, and {exc.name} is not installed: on a machine with an NVIDIA "
+            f"`dspy-lora tune` times LoRA's kernels, and {exc.name} is not installed: on a machine with an NVIDIA "
             "GPU, pip install 'dspy-lora[vllm]'."
         ) from exc
     if not torch.cuda.is_available():
         raise TuningError(
-            "`dspy-lora tune` times vLLM's LoRA kernels on the GPU that will serve, and torch finds no CUDA device. "
+            "`dspy-lora tune` times LoRA's kernels on the GPU that will serve, and torch finds no CUDA device. "
             "Run it there; a model's config.json is enough (--config FILE)."
         )
     if not HAS_TRITON:
-        raise TuningError("`dspy-lora tune`: vLLM finds no Triton here, so it has no such kernels: pip install triton.")
+        raise TuningError(
+            "`dspy-lora tune`: vLLM finds no Triton here, in which the kernels are written: pip install triton."
+        )
 
 
 class Bench:
@@ -53,7 +54,7 @@ class Bench:
 
         from dspy_lora.engine import gpu_lora
 
-        gpu_lora.install()
+        gpu_lora.install(tuned=True)
         self._repeats = repeats
         size = _FLUSHED * torch.cuda.get_device_properties("cuda").L2_cache_size
         self._cache = torch.empty(size, dtype=torch.int8, device="cuda")
@@ -79,10 +80,8 @@ class Bench:
         inputs = self._prepare(problem)
         module = importlib.import_module(f"vllm.lora.ops.triton_ops.lora_{problem.product.op}_op")
         config = setting.as_vllm()
-        # The kernel's module has the look-up by name, so this also passes by its cache. The launchers take what vLLM
-        # hands over where it reads files, whichever.
-        files = patch.dict(os.environ, {"VLLM_TUNED_CONFIG_FOLDER": "."})
-        with files, patch.object(module, "get_lora_op_configs", lambda *_, **__: config):
+        # The kernel's module has the look-up by name, so this also passes by its cache.
+        with patch.object(module, "get_lora_op_configs", lambda *_, **__: config):
             try:
                 return self._seconds(inputs) if inputs.is_right() else None
             except (triton.TritonError, RuntimeError) as exc:  # too much shared memory, a pass that fails

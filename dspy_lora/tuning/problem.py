@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dspy_lora.tuning.shapes import Product
+from dspy_lora.engine.gpu_shapes import Product
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class Problem:
     @property
     def outputs(self) -> int:
         """Outputs of a slice, the largest: n."""
-        return self.rank if self.product.op == "shrink" else self.product.width
+        return self.product.sizes(self.rank)[1]
 
     @property
     def inputs(self) -> int:
         """Inputs that an output sums over: k."""
-        return self.product.width if self.product.op == "shrink" else self.rank
+        return self.product.sizes(self.rank)[0]
 
     def __str__(self) -> str:
         return f"{self.product} at rank {self.rank}, {self.tokens} tokens, max_loras {self.max_loras}"

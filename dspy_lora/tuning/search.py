@@ -39,12 +39,20 @@ class Search:
         trials: What was timed before.
         measure: Times a setting; it answers None for one that must not be chosen.
         clock: Seconds, growing.
+        tell: Told how many of the problems' usual settings are timed, and of how many, after each.
     """
 
-    def __init__(self, trials: Trials, measure: Measure, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        trials: Trials,
+        measure: Measure,
+        clock: Callable[[], float] = time.monotonic,
+        tell: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
         self._trials = trials
         self._measure = measure
         self._clock = clock
+        self._tell = tell
         self._tuned: list[Outcome] = []
 
     def run(self, problems: dict[Problem, int], budget: float) -> Iterator[Outcome]:
@@ -65,7 +73,10 @@ class Search:
             TuningError: The usual setting fails.
         """
         deadline = self._clock() + budget
-        costs = {problem: self._default_seconds(problem) * count for problem, count in problems.items()}
+        costs: dict[Problem, float] = {}
+        for problem, count in problems.items():
+            costs[problem] = self._default_seconds(problem) * count
+            self._tell(len(costs), len(problems))
         left = sorted(costs, key=costs.__getitem__, reverse=True)
         while left:
             share = _EQUAL_SHARE / len(left) + (1 - _EQUAL_SHARE) * costs[left[0]] / sum(map(costs.__getitem__, left))

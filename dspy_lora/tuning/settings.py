@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
+from dspy_lora.engine.gpu_shapes import Op
 from dspy_lora.engine.gpu_tiles import expand_tiles, padded, shrink_tiles
 from dspy_lora.tuning.problem import Problem
-from dspy_lora.tuning.shapes import Op
 
 # In the order in which the search walks them: the tile first, what depends on it after.
 _VALUES = {

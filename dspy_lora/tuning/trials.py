@@ -6,10 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from dspy_lora.engine.gpu_shapes import Product
 from dspy_lora.errors import ConfigError, CrashError
 from dspy_lora.tuning.problem import Problem
 from dspy_lora.tuning.settings import Setting
-from dspy_lora.tuning.shapes import Product
 
 # Seconds that a kernel takes; None where a setting is refused or its result is wrong.
 Measure = Callable[[Problem, Setting], float | None]

@@ -1,4 +1,4 @@
-"""Which LoRA products vLLM computes for a model, from its config.json."""
+"""Which LoRA products vLLM computes on a GPU for a model, from its config.json."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -29,13 +29,18 @@ class Product:
         """Number of slices: 3 for qkv, 2 for gate_up, else 1."""
         return len(self.widths)
 
+    def sizes(self, rank: int) -> tuple[int, int]:
+        """Inputs that an output sums over, and outputs of a slice, the largest: k and n."""
+        return (self.width, rank) if self.op == "shrink" else (rank, self.width)
+
     @property
     def width(self) -> int:
         """The width by which vLLM looks a setting up: of unequal slices the largest (lora_expand_op.py, MAX_N)."""
         return max(self.widths)
 
     def __str__(self) -> str:
-        return f"{self.op} {self.slices} x {self.width}"
+        even = len(set(self.widths)) == 1
+        return f"{self.op} {f'{self.slices} x {self.width}' if even else '+'.join(map(str, self.widths))}"
 
 
 def products(config: dict[str, Any]) -> dict[Product, int]:
@@ -68,11 +73,11 @@ def _require_dense(config: dict[str, Any]) -> None:
     kind = config.get("model_type")
     if kind not in _MODEL_TYPES:
         raise ConfigError(
-            f"model_type {kind!r}: `dspy-lora tune` knows the shapes of {', '.join(_MODEL_TYPES)}. Other models run on "
-            "vLLM's default settings; mixtures of experts and models of text and images have other kernels or modules."
+            f"model_type {kind!r}: tiles are tuned for {', '.join(_MODEL_TYPES)}. Other models take the usual ones; "
+            "mixtures of experts and models of text and images have other kernels or modules."
         )
     if experts := sorted(key for key in config if "experts" in key and config[key]):
-        raise ConfigError(f"a mixture of experts ({', '.join(experts)}): `dspy-lora tune` takes dense models only.")
+        raise ConfigError(f"a mixture of experts ({', '.join(experts)}): tiles are tuned for dense models only.")
 
 
 def _size(config: dict[str, Any], key: str) -> int:
