@@ -1,16 +1,21 @@
 """The benchmark: its figures and bars, its workload, and one short run on the real engine. No test looks at a clock."""
 
+import contextlib
 import json
 import os
 import threading
+from types import SimpleNamespace
 
 import dspy
 import pytest
 
 from dspy_lora.adapters.registry import AdapterRegistry
-from dspy_lora.bench import command, measure, memory, shapes, workload
-from dspy_lora.bench.measure import Figure
+from dspy_lora.bench import adapters, command, latency, measure, memory, over_http, report, shapes, stream, workload
+from dspy_lora.bench.bench import Bench
+from dspy_lora.bench.figure import Figure
 from dspy_lora.cli import main
+from dspy_lora.engine.protocol import Delta, Token
+from dspy_lora.errors import EngineError
 
 
 def test_a_bar_is_held_against_the_median():
@@ -21,16 +26,16 @@ def test_a_bar_is_held_against_the_median():
 
 
 def test_a_row_shows_the_spread_and_the_bar():
-    line = command.row(Figure("n=8 over n=1", "x", (1.5, 1.25, 3.0), most=2.0))
+    line = report.row(Figure("n=8 over n=1", "x", (1.5, 1.25, 3.0), most=2.0))
     assert line.split() == ["n=8", "over", "n=1", "(x)", "1.50", "1.25", "3.00", "<=", "2:", "holds"]
-    assert command.row(Figure("calls", "calls/s", (123.4, 120.0))).split() == [
+    assert report.row(Figure("calls", "calls/s", (123.4, 120.0))).split() == [
         "calls",
         "(calls/s)",
         "122",
         "120",
         "123",
     ]
-    assert command.row(Figure("", "x", (0.5,), least=0.95)).endswith(">= 0.95: FAILS")
+    assert report.row(Figure("", "x", (0.5,), least=0.95)).endswith(">= 0.95: FAILS")
 
 
 def test_questions_come_from_all_domains_and_differ_between_seeds():
@@ -40,6 +45,125 @@ def test_questions_come_from_all_domains_and_differ_between_seeds():
     assert not {question.text for question in asked} & {question.text for question in others}
     assert asked == workload.questions(24, 1)
     assert asked[0].messages[0]["role"] == "system" and asked[0].text in asked[0].messages[-1]["content"]
+
+
+def test_adapters_that_are_no_domain_have_names_of_their_own_and_the_domains_tasks():
+    names = workload.adapter_names(14)
+    assert names[12:] == ["adapter-13", "adapter-14"] and workload.adapter_names(3) == names[:3]
+    assert workload.signature("adapter-14").instructions == workload.signature(names[1]).instructions
+    assert [each.domain for each in workload.questions(5, 1, names=names[:2])] == [*names[:2], *names[:2], names[0]]
+
+
+def test_the_first_token_and_the_further_ones_are_told_apart():
+    asked = []
+
+    def ask(prompt, tokens):
+        asked.append(prompt)
+        return 0.5 + 0.01 * (tokens - 1)
+
+    first, further = latency.first_and_further(workload.questions(8, 1), ask, 11)
+    assert (round(first, 6), round(further, 6)) == (500, 10)
+    assert len({" ".join(prompt.split()[:8]) for prompt in asked}) == 8  # nothing for a prefix cache
+
+
+def test_a_stall_is_the_longest_gap_in_the_span_over_the_usual_one():
+    stamps = [0.0, 0.01, 0.02, 0.09, 0.10, 0.11, 0.61]
+    assert stream.stall_ms(stamps, 0.03, 0.04) == pytest.approx(60)  # a gap that reaches into the span
+    assert stream.stall_ms(stamps, 0.03, 0.105) == pytest.approx(60)
+    assert stream.stall_ms(stamps, 0.101, 0.105) == pytest.approx(0)  # neither that before nor that after it
+
+
+class _Client:
+    """Sends what a test says."""
+
+    def __init__(self):
+        self.aborted = False
+
+    def submit(self, request, on_delta):
+        assert request.stream and request.sampling["ignore_eos"] and request.adapter.name == "legal@1"
+        self.on_delta = on_delta
+        return request
+
+    def abort(self, pending):
+        self.aborted = True
+
+
+def test_every_token_of_a_stream_is_stamped_and_one_that_ends_is_an_error():
+    client = _Client()
+    lm = SimpleNamespace(adapter=SimpleNamespace(ref="legal@1", path="/none"))
+    with pytest.raises(EngineError, match="after 3 tokens"), stream.Stream(client, lm) as answer:
+        for delta in (Delta(1, "a"), Delta(1, logprobs=[Token("b", 0.0, 1), Token("c", 0.0, 2)])):
+            threading.Timer(0.05, client.on_delta, [delta]).start()
+            answer.more(1)
+        assert answer.stamps == sorted(answer.stamps) and len(answer.stamps) == 3
+        client.on_delta(None)
+        answer.more(1)
+    assert client.aborted
+
+
+def test_loralm_is_compared_with_the_number_of_api_servers_that_is_fastest():
+    measured = {
+        1: {"LoRALM": [(1.0, 300.0)], "dspy.LM over HTTP": [(4.0, 100.0)]},
+        4: {"LoRALM": [(1.0, 300.0)], "dspy.LM over HTTP": [(2.0, 200.0)]},
+    }
+    assert over_http.fastest(measured) == 4
+    cpu, calls = over_http.compared(measured[4], None)
+    assert (cpu.values, calls.values, calls.least, cpu.most) == ((0.5,), (1.5,), 1.3, 0.6)
+    assert over_http.compared(measured[4], "0.6b")[1].least == 1.5
+
+
+class _Raw:
+    """Plain vLLM on a GPU, whose adapters halve its speed."""
+
+    device = "cuda"
+
+    def tokens_a_second(self, batches, tokens):
+        return 100.0 if batches[0][1][0] is None else 50.0
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Settings of the plain vLLMs that were started."""
+    found = []
+
+    @contextlib.contextmanager
+    def start(settings, revisions):
+        found.append(settings.engine_args)
+        yield _Raw()
+
+    monkeypatch.setattr(adapters, "raw_vllm", start)
+    return found
+
+
+def _bench(shape, engine=None, names=None):
+    return Bench("seedling", engine or {}, 24, 1, 1, names=names, shape=shape, beneath={"gpu_memory_utilization": 0.45})
+
+
+@pytest.mark.parametrize(
+    ("shape", "count", "bars"), [("8b", 12, [0.90, 0.88, None]), ("8b", 3, [0.90, None, None]), ("4b", 12, [None] * 3)]
+)
+def test_adapters_have_bars_for_the_large_shape_on_a_gpu(shape, count, bars, started):
+    figures = adapters.adapters(_bench(shape, names=workload.adapter_names(count)))
+    assert [figure.least for figure in figures[1:4]] == bars
+    assert [figure.name for figure in figures[:4]] == [
+        "base model, engine with LoRA on",
+        "one adapter over base",
+        f"{count} adapters mixed over base",
+        f"{count} adapters one after another over base",
+    ]
+    assert all(figure.least is None for figure in figures[4:])  # vLLM's own LoRA
+
+
+def test_an_engine_s_memory_that_was_asked_for_stays(started):
+    adapters.adapters(_bench("8b"))
+    adapters.adapters(_bench("8b", {"gpu_memory_utilization": 0.3}))
+    assert [args["gpu_memory_utilization"] for args in started] == [0.9, 0.9, 0.3, 0.3]
+
+
+def test_the_file_says_which_machine_it_was():
+    found = report.machine()
+    assert found["cpus"] == os.cpu_count() and found["torch"].split(".")[0].isdecimal() and found["vllm"]
+    assert "gpu" in found
 
 
 def test_any_text_is_an_answer():
@@ -98,7 +222,7 @@ def test_a_short_run_prints_a_table_and_writes_a_file(tmp_path, capsys, monkeypa
     """The engine against plain vLLM, with few calls; whether bars hold is not asked."""
     file, soaked = tmp_path / "bench.json", measure.soak
     monkeypatch.setitem(command.MEASUREMENTS, "soak", lambda bench: soaked(bench, calls=40))
-    names = ["throughput", "samples", "mixed", "soak"]
+    names = ["throughput", "samples", "mixed", "soak", "loading"]
     words = ["bench", "--calls", "12", "--threads", "6", "--repeats", "1", "--json", str(file), "--only", *names]
     assert main(words) in (0, 1)
     shown = capsys.readouterr().out
@@ -106,8 +230,14 @@ def test_a_short_run_prints_a_table_and_writes_a_file(tmp_path, capsys, monkeypa
     assert (written["calls"], written["threads"], written["repeats"]) == (12, 6, 1)
     for figure in written["figures"]:
         assert f"{figure['name']} ({figure['unit']})" in shown
-        assert all(value > 0 for value in figure["values"]) or figure["unit"] == "MB"
-    assert {figure["name"] for figure in written["figures"]} >= {"DSPy over plain", "n=8 over n=1"}
+        assert all(value > 0 for value in figure["values"]) or figure["unit"] == "MB" or "stall" in figure["name"]
+    assert {figure["name"] for figure in written["figures"]} >= {
+        "DSPy over plain",
+        "n=8 over n=1",
+        "12 adapters mixed, speed over one after another",
+        "first answer, adapter on disk over in its slot",
+        "stall of a stream by a call, adapter in CPU memory",
+    }
 
 
 def test_a_model_of_a_shape_takes_no_space_and_its_adapters_fit(tmp_path):
@@ -123,15 +253,19 @@ def test_a_model_of_a_shape_takes_no_space_and_its_adapters_fit(tmp_path):
 
 
 def test_what_adapters_cost_on_random_weights(tmp_path, capsys):
-    file = tmp_path / "bench.json"
-    words = "--shape tiny --only adapters --calls 12 --repeats 1 --answers 2 --words 8".split()
-    assert main(["bench", *words, "--json", str(file)]) == 0
-    figures = json.loads(file.read_text())["figures"]
-    names = [figure["name"] for figure in figures]
-    assert names[:3] == ["base model", "one adapter over base", "twelve mixed over base"]
-    assert names[4:6] == ["base model, vLLM's own LoRA", "one adapter over base, vLLM's own LoRA"]
-    assert all(figure["median"] > 0 and figure["holds"] is None for figure in figures)
-    assert "twelve one after another over base (x)" in capsys.readouterr().out
+    """A sweep of one value, with its picture."""
+    file, drawn = tmp_path / "bench.json", tmp_path / "bench.png"
+    words = "--shape tiny --only adapters --sweep adapters=2 --rank 8 --calls 12 --repeats 1 --answers 2 --words 8"
+    assert main(["bench", *words.split(), "--json", str(file), "--picture", str(drawn)]) == 0
+    [point] = json.loads(file.read_text())["points"]
+    assert point["adapters"] == 2
+    names = [figure["name"] for figure in point["figures"]]
+    assert names[:3] == ["base model, engine with LoRA on", "one adapter over base", "2 adapters mixed over base"]
+    assert names[5] == "one adapter over base, vLLM's own LoRA"
+    assert all(figure["median"] > 0 and figure["holds"] is None for figure in point["figures"])
+    shown = capsys.readouterr().out
+    assert shown.startswith("adapters = 2\n") and "2 adapters one after another over base (x)" in shown
+    assert drawn.read_bytes().startswith(b"\x89PNG")
 
 
 def test_how_soon_a_program_ends_is_printed(capsys):

@@ -73,6 +73,18 @@ def test_named_adapters_are_served_once_each():
     assert [adapter.adapter for adapter in server.adapters] == ["legal", "financial"]
 
 
+@pytest.mark.parametrize(
+    ("servers", "first", "may_load"),
+    [(1, ["vllm.entrypoints.openai.api_server", "--host"], "1"), (4, ["vllm.entrypoints.cli.main", "serve"], "0")],
+)
+def test_several_api_servers_are_a_matter_of_vllm_serve(servers, first, may_load, vllm_s_arguments, monkeypatch):
+    """The module ``api_server`` takes the flag and starts one; and several load no adapter later."""
+    server = OpenAIServer(engine_settings(resolve_base("seedling"), load_config()), [], "h", 1, api_servers=servers)
+    words = openai_server.module_and_words(json.loads(server.command[-1]))
+    assert words[:2] == first and os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == may_load
+    assert words[-2:] == (["--api-server-count", "4"] if servers > 1 else words[-2:])
+
+
 def test_an_unknown_adapter_is_named_with_the_near_ones():
     with pytest.raises(UnknownAdapterError, match="Did you mean 'legal'"):
         plan("--base-model", "seedling", "--domain", "leagl")

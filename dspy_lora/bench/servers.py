@@ -7,13 +7,16 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from dspy_lora.adapters.registry import Revision
+from dspy_lora.bench.workload import Question
 from dspy_lora.engine.openai_server import OpenAIServer, free_port, running
 from dspy_lora.engine.processes import kill_group
 from dspy_lora.engine.settings import EngineSettings
 from dspy_lora.errors import EngineStartError
+
+Batch: TypeAlias = tuple[Sequence[Question], Sequence[str | None]]  # and the adapter of each; None: the base model
 
 
 class RawVLLM:
@@ -47,6 +50,17 @@ class RawVLLM:
         print(json.dumps({"messages": messages, "adapters": adapters, "sampling": sampling}), file=self._process.stdin)
         return self.answer()
 
+    def tokens_a_second(self, batches: Sequence[Batch], tokens: int) -> float:
+        """Output tokens a second over batches that follow each other.
+
+        Args:
+            batches: What is asked.
+            tokens: Of each answer.
+        """
+        sampling = {"temperature": 0.0, "max_tokens": tokens, "ignore_eos": True}
+        done = [self.generate([each.messages for each in asked], adapters, sampling) for asked, adapters in batches]
+        return sum(part["tokens"] for part in done) / float(sum(part["seconds"] for part in done))
+
     def answer(self) -> dict[str, Any]:
         """The next line of the process."""
         assert self._process.stdout is not None
@@ -66,10 +80,18 @@ def raw_vllm(settings: EngineSettings, adapters: list[Revision]) -> Iterator[Raw
         yield RawVLLM(process)
 
 
-def openai_server(settings: EngineSettings, adapters: list[Revision]) -> contextlib.AbstractContextManager[str]:
-    """Starts vLLM's OpenAI server with an engine's settings; yields its address."""
+def openai_server(
+    settings: EngineSettings, adapters: list[Revision], api_servers: int = 1
+) -> contextlib.AbstractContextManager[str]:
+    """Starts vLLM's OpenAI server with an engine's settings; yields its address.
+
+    Args:
+        settings: The engine's.
+        adapters: It loads them at its start.
+        api_servers: Processes that speak HTTP.
+    """
     words = ("--disable-uvicorn-access-log",)
-    return running(OpenAIServer(settings, adapters, "127.0.0.1", free_port(), words))
+    return running(OpenAIServer(settings, adapters, "127.0.0.1", free_port(), words, api_servers=api_servers))
 
 
 @contextlib.contextmanager

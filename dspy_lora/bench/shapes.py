@@ -5,9 +5,11 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import get_args
 
 from dspy_lora.adapters.base import SEEDLING_FOLDER, resolve_base
 from dspy_lora.adapters.registry import AdapterRegistry
+from dspy_lora.config import Rank
 
 # hidden size, layers, heads, key-value heads, size of a head, intermediate size, vocabulary
 SHAPES = {
@@ -17,6 +19,7 @@ SHAPES = {
     "tiny": (128, 2, 4, 2, 32, 256, 8192),  # tries the benchmark out on a CPU
 }
 ENGINE = {"load_format": "dummy", "gpu_memory_utilization": 0.45}  # two engines share a GPU
+RANKS: tuple[int, ...] = get_args(Rank)
 _DEVIATION = 0.02  # of the adapters' weights
 
 

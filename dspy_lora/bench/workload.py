@@ -39,19 +39,28 @@ class Question:
         return "\n\n".join(message["content"] for message in self.messages)
 
 
-def questions(count: int, seed: int, words: tuple[int, int] = (30, 50)) -> list[Question]:
-    """Questions that no other seed asks, domain after domain in turn.
+def adapter_names(count: int) -> list[str]:
+    """Names of as many adapters: the domains', then ``adapter-13`` and so on."""
+    domains = list(load_config().domains)
+    return [*domains[:count], *(f"adapter-{number}" for number in range(len(domains) + 1, count + 1))]
+
+
+def questions(
+    count: int, seed: int, words: tuple[int, int] = (30, 50), names: Sequence[str] | None = None
+) -> list[Question]:
+    """Questions that no other seed asks, adapter after adapter in turn.
 
     Args:
         count: How many.
         seed: Another seed makes other texts, so that no prefix cache knows them.
         words: Least and most of a text.
+        names: The adapters'; None takes the domains'.
 
     Returns:
         The questions.
     """
-    chance, domains = random.Random(seed), list(load_config().domains)
-    return [_question(domains[index % len(domains)], chance, words) for index in range(count)]
+    chance, names = random.Random(seed), list(names or load_config().domains)
+    return [_question(names[index % len(names)], chance, words) for index in range(count)]
 
 
 def _question(domain: str, chance: random.Random, words: tuple[int, int]) -> Question:
@@ -61,8 +70,12 @@ def _question(domain: str, chance: random.Random, words: tuple[int, int]) -> Que
 
 @functools.cache
 def signature(domain: str) -> type[dspy.Signature]:
-    """The task of a domain: text -> label."""
-    made: type[dspy.Signature] = dspy.Signature("text -> label", load_config().domains[domain].task)
+    """The task of a domain: text -> label. Adapters that are no domain have the domains' tasks in turn."""
+    domains = load_config().domains
+    if domain not in domains:
+        number = int(domain.rpartition("-")[2])  # adapter_names gave it
+        domain = list(domains)[(number - 1) % len(domains)]
+    made: type[dspy.Signature] = dspy.Signature("text -> label", domains[domain].task)
     return made
 
 
@@ -110,3 +123,10 @@ def in_threads(calls: Sequence[Callable[[], Any]], threads: int) -> float:
     if errors:
         raise errors[0]
     return seconds
+
+
+def seconds_of(call: Callable[[], Any]) -> float:
+    """Wall time of one call."""
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began

