@@ -50,6 +50,14 @@ async def test_adapters_with_slots_run_at_once():
     await end(adapters, *requests)
 
 
+async def test_a_turn_says_whether_the_adapter_has_just_come_in():
+    turns = Turns(2)
+    async with turns.turn("a") as first, turns.turn("a") as second, turns.turn("b") as other:
+        assert (first, second, other) == (True, False, True)
+    async with turns.turn("a") as again:
+        assert again
+
+
 async def test_an_adapter_gets_the_first_slot_that_is_free():
     adapters = Adapters(2, patience_s=60)
     a, b, c, d = [await adapters.ask(name) for name in "abcd"]

@@ -81,12 +81,12 @@ class Host:
         self.tokenizer = engine.get_tokenizer()
         self.max_model_len: int = engine.model_config.max_model_len
         self.max_lora_rank: int = info["max_lora_rank"]
-        self.max_cpu_loras: int = info["max_cpu_loras"]
         self.loads_aside: bool = info["loads_aside"]
         self.parsers = parsers
         self.replies = replies
         self.stats = stats
-        self.turns = Turns(info["max_loras"])
+        self.max_loras: int = info["max_loras"]
+        self.turns = Turns(self.max_loras)
         self.loras: dict[str, LoRARequest] = {}
         self.lora_ids: dict[str, int] = {}
         self.loading: dict[str, asyncio.Task[LoRARequest]] = {}
@@ -142,7 +142,9 @@ class Host:
         params = self.sampling_params(request, len(prompt))
         lora = await self.lora(request.adapter) if request.adapter else None
         outputs = self.engine.generate(tokens_input(prompt), params, str(request.id), lora_request=lora)
-        async with self.turns.turn(lora.lora_name) if lora else contextlib.nullcontext():
+        async with self.turns.turn(lora.lora_name) if lora else contextlib.nullcontext() as came_in:
+            if lora and came_in and len(self.loras) > self.max_loras:
+                await self.add(lora)  # into a slot, between two steps of the others instead of inside one
             if request.stream:
                 final = await self.stream(request, prompt, outputs)
             else:
@@ -216,8 +218,6 @@ class Host:
                 f"adapter {adapter.name!r} is gone from {adapter.path!r}. Publish it again, or name another revision."
             )
         if lora := self.loras.get(adapter.name):
-            if len(self.loras) > self.max_cpu_loras:
-                await self.bring(lora)  # others may have pushed it out of CPU memory
             return lora
         if adapter.name not in self.loading:
             self.loading[adapter.name] = task = asyncio.create_task(self.load(adapter))
@@ -225,19 +225,23 @@ class Host:
         return await asyncio.shield(self.loading[adapter.name])
 
     async def load(self, adapter: Adapter) -> "LoRARequest":
-        """Loads an adapter into a slot."""
+        """Loads an adapter for the first time."""
+        lora = await self.lora_request(adapter)
+        await self.add(lora)
+        self.loras[adapter.name] = lora
+        return lora
+
+    async def add(self, lora: "LoRARequest") -> None:
+        """Puts an adapter into a slot; reads it before, if it is not in CPU memory."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        lora = await self.lora_request(adapter)
         try:
             await self.bring(lora)
             await self.engine.add_lora(lora)
         except EngineDeadError:
             raise
         except Exception as exc:
-            raise AdapterError(f"vLLM cannot load adapter {adapter.name!r} from {adapter.path!r}: {exc}") from exc
-        self.loras[adapter.name] = lora
-        return lora
+            raise AdapterError(f"vLLM cannot load adapter {lora.lora_name!r} from {lora.lora_path!r}: {exc}") from exc
 
     async def lora_request(self, adapter: Adapter) -> "LoRARequest":
         """vLLM's request for an adapter, under the same integer id whenever it is loaded.
@@ -280,7 +284,7 @@ class Host:
             async with self.one_ahead:  # one waits behind a single read, not behind them all
                 await self.bring(await self.lora_request(command.adapter))
         elif command.name == "load" and command.adapter:
-            await self.engine.add_lora(await self.lora(command.adapter))  # again, if it was swapped out
+            await self.add(await self.lora(command.adapter))  # again, if it was swapped out
         elif command.name == "unload" and command.adapter:
             if lora := self.loras.pop(command.adapter.name, None):
                 await self.engine.remove_lora(lora.lora_int_id)
@@ -352,6 +356,7 @@ def _start(settings: dict[str, Any], stats: Statistics) -> "tuple[AsyncLLM, dict
     import vllm
     from vllm import AsyncEngineArgs
     from vllm.platforms import current_platform
+    from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.metrics.loggers import StatLoggerBase
 
@@ -368,7 +373,9 @@ def _start(settings: dict[str, Any], stats: Statistics) -> "tuple[AsyncLLM, dict
 
     check_parsers(settings["tool_parser"], settings["reasoning_parser"])
     args = engine_args(settings)
-    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**args), stat_loggers=[Recorder])
+    # Whose batch sizes vLLM takes: of an "engine" it lets 128 requests run at once, on whatever GPU.
+    usage = UsageContext.LLM_CLASS if current_platform.is_cuda() else UsageContext.ENGINE_CONTEXT
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**args), usage_context=usage, stat_loggers=[Recorder])
     info = {
         "max_model_len": engine.model_config.max_model_len,
         "max_loras": args["max_loras"],

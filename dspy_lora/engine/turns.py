@@ -30,14 +30,14 @@ class Turns:
         self._timer: asyncio.TimerHandle | None = None
 
     @contextlib.asynccontextmanager
-    async def turn(self, adapter: str) -> AsyncIterator[None]:
-        """Waits until the adapter has a slot, and keeps it for the block."""
-        if adapter in self._running and adapter != self._closing:
+    async def turn(self, adapter: str) -> AsyncIterator[bool]:
+        """Waits until the adapter has a slot, and keeps it for the block; says whether it had none before."""
+        if has_slot := adapter in self._running and adapter != self._closing:
             self._running[adapter] += 1
         else:
             await self._slot(adapter)
         try:
-            yield
+            yield not has_slot
         finally:
             self._leave(adapter)
 
