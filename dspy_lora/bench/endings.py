@@ -12,7 +12,9 @@ from dspy_lora.errors import EngineError
 _LONGEST_S = 60  # after which an engine that is still there counts as left behind
 _UNDER_WAY_S = 1.0  # into a call that takes several seconds
 _PROGRAM = """
+import signal
 from dspy_lora import LoRALM
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a command that a shell runs in the background ignores
 lm = LoRALM("seedling", cache=False, max_tokens=1900, ignore_eos=True)
 lm.preload()
 print(lm.engine_stats()["pid"], flush=True)
