@@ -48,6 +48,8 @@ class Model:
     def __init__(self, load, cache):
         self.model_runner = SimpleNamespace(lora_manager=SimpleNamespace(_load_adapter=load, _adapter_manager=cache))
 
+    lora_config = "LoRA is on"
+
     def load_model(self):
         pass
 
@@ -104,6 +106,15 @@ def test_an_adapter_is_read_in_a_thread_and_is_there_when_that_is_done():
     assert brought(worker, "legal@1", 7, "/adapters/legal")
     assert cache.models[7].path == "/adapters/legal"
     assert cache.models[7].merged
+
+
+def test_an_engine_without_lora_loads_its_model_alone():
+    worker = Worker(None, None)
+    worker.lora_config, worker.model_runner = None, SimpleNamespace()  # which has no lora_manager
+
+    worker.load_model()
+
+    assert not hasattr(worker, "_reader")
 
 
 def test_the_oldest_adapter_makes_room():

@@ -29,7 +29,7 @@ _VLLM_DEFAULTS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
 
 
 def throughput(bench: Bench) -> list[Figure]:
-    """Output tokens a second of DSPy programs in threads against plain ``LLM.generate``, twelve adapters mixed."""
+    """Output tokens a second of DSPy programs in threads against plain ``LLM.generate``, all adapters mixed."""
     figures = []
     with raw_vllm(bench.settings, bench.adapters) as raw, dspy_settings(adapter=AnyText()):
         for tokens in bench.answers:

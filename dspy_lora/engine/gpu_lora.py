@@ -8,7 +8,6 @@ remembers and captures in graphs stays as it is. A kernel that lacks an argument
 
 import functools
 import importlib
-import itertools
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -46,9 +45,11 @@ class TiledGPUWorker(LoadsAside, Worker):
 
         vLLM runs none of adapters but those of its graphs, so that the first long prompts would wait for a compiler.
         """
-        most, adapters = self.model_runner.max_num_tokens, self.lora_config.max_loras
-        for tokens in sorted({most, *(size for size in map(pow, itertools.repeat(2), range(32)) if size < most)}):
-            self.model_runner._dummy_run(tokens, skip_eplb=True, remove_lora=False, num_active_loras=adapters)
+        most = self.model_runner.max_num_tokens if self.lora_config else 0
+        for tokens in [*(2**power for power in range(most.bit_length()) if 2**power < most), *([most] if most else [])]:
+            self.model_runner._dummy_run(
+                tokens, skip_eplb=True, remove_lora=False, num_active_loras=self.lora_config.max_loras
+            )
         return super().compile_or_warm_up_model()
 
 

@@ -381,7 +381,7 @@ def _start(settings: dict[str, Any], stats: Statistics) -> "tuple[AsyncLLM, dict
         "max_loras": args["max_loras"],
         "max_lora_rank": args["max_lora_rank"],
         "max_cpu_loras": args["max_cpu_loras"],
-        "loads_aside": args.get("worker_cls", "").startswith("dspy_lora."),
+        "loads_aside": args["enable_lora"] and args.get("worker_cls", "").startswith("dspy_lora."),
         "vllm": vllm.__version__,
         "device": current_platform.device_type,
     }

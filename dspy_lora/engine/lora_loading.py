@@ -21,12 +21,15 @@ class LoadsAside:
     """Mixin of a vLLM worker."""
 
     model_runner: Any
+    lora_config: Any
     _reader: ThreadPoolExecutor
     _reads: "dict[int, Future[LoRAModel]]"
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Loads the model, and with it the LoRA layers that adapters are written into."""
         super().load_model(*args, **kwargs)  # type: ignore[misc]
+        if self.lora_config is None:
+            return
         self._reader, self._reads = ThreadPoolExecutor(1, "adapter-reader"), {}
         Writes().take_over(self.model_runner.lora_manager._adapter_manager)
 
