@@ -11,6 +11,7 @@ from typing import Any
 from dspy_lora.bench import measure, picture, sweep
 from dspy_lora.bench.adapters import adapters
 from dspy_lora.bench.bench import Bench
+from dspy_lora.bench.defaults import defaults
 from dspy_lora.bench.figure import Figure
 from dspy_lora.bench.latency import latency
 from dspy_lora.bench.loading import loading
@@ -33,7 +34,7 @@ MEASUREMENTS: dict[str, Callable[[Bench], list[Figure]]] = {
     "endings": measure.endings,
     "loading": loading,
     "adapters": adapters,
-    "defaults": measure.defaults,
+    "defaults": defaults,
 }
 
 _LONG = ("soak", "endings", "loading", "adapters", "defaults")  # minutes

@@ -13,7 +13,7 @@ Ask: TypeAlias = Callable[[str, int], float]  # a prompt and the tokens of its a
 
 _BASE, _ADAPTER, _OURS = "plain vLLM, base model", "plain vLLM, one adapter", "LoRALM, one adapter"
 _RATIOS = {"one adapter over base": (_ADAPTER, _BASE), "LoRALM over plain, one adapter": (_OURS, _ADAPTER)}
-_PROMPTS = 8  # of each length of answer in a repeat, which takes their median
+LONE_PROMPTS = 8  # of each length of answer in a repeat, which takes their median
 _NEW_WORDS = 8  # in front of a prompt, so that no block of it is in the prefix cache
 
 
@@ -21,9 +21,9 @@ def latency(bench: Bench) -> list[Figure]:
     """First and further tokens of plain ``LLM.generate`` and of an LM, in turns; the first turn is left out."""
     tokens = max(2, *bench.answers)
     with raw_vllm(bench.settings, bench.adapters) as raw:
-        kinds = {_BASE: _plain(raw, None), _ADAPTER: _plain(raw, bench.ref(bench.domains[0])), _OURS: _through(bench)}
+        kinds = {_BASE: plain(raw, None), _ADAPTER: plain(raw, bench.ref(bench.domains[0])), _OURS: _through(bench)}
         turns = [
-            {kind: first_and_further(bench.fresh(2 * _PROMPTS), ask, tokens) for kind, ask in kinds.items()}
+            {kind: first_and_further(bench.fresh(2 * LONE_PROMPTS), ask, tokens) for kind, ask in kinds.items()}
             for _ in range(bench.repeats + 1)
         ]
     figures = []
@@ -55,7 +55,14 @@ def _new(question: Question) -> str:
     return " ".join([*question.text.split()[:_NEW_WORDS], question.prompt])
 
 
-def _plain(raw: RawVLLM, adapter: str | None) -> Ask:
+def plain(raw: RawVLLM, adapter: str | None) -> Ask:
+    """Asks plain vLLM for one answer at a time.
+
+    Args:
+        raw: Plain vLLM.
+        adapter: Its name there; None asks the base model.
+    """
+
     def ask(prompt: str, tokens: int) -> float:
         sampling: dict[str, Any] = {"temperature": 0.0, "max_tokens": tokens, "ignore_eos": True}
         return float(raw.generate([[{"role": "user", "content": prompt}]], [adapter], sampling)["seconds"])

@@ -10,6 +10,10 @@ from dspy_lora.engine import gpu_tuned
 from dspy_lora.engine.settings import check_engine_args
 
 _LORAS_IN_MEMORY = 32  # 2.7 GB for rank 16 of Llama 3 8B; they are read once instead of at every swap
+# Tokens of the batches that have a CUDA graph: vLLM's, which end at 512, and on to a prompt of 2,048. A prompt beyond
+# them is run from Python, where every layer's eight LoRA kernels take longer to launch than to run.
+_GRAPHS = [1, 2, 4, *range(8, 256, 8), *range(256, 512, 16), *range(512, 2049, 128)]
+_ON_GRAPHS = {"cudagraph_capture_sizes", "max_cudagraph_capture_size", "compilation_config", "enforce_eager"}
 _GROUPED_LORA_VLLM = "0.32."  # the versions that cpu_lora.py was tested with
 
 
@@ -84,7 +88,10 @@ def engine_args(settings: dict[str, Any]) -> dict[str, Any]:
         args |= _cpu_args(settings["kv_cache_gib"], vllm.__version__)
     elif current_platform.is_cuda():
         args["worker_cls"] = gpu_tuned.TILED
-    args |= json.loads(settings["args"])
+    given = json.loads(settings["args"])
+    args |= given
+    if current_platform.is_cuda() and args["enable_lora"] and not _ON_GRAPHS & given.keys():
+        args["cudagraph_capture_sizes"] = _GRAPHS
     args.setdefault("max_cpu_loras", max(_LORAS_IN_MEMORY, args["max_loras"]))
     check_engine_args(args, {field.name for field in dataclasses.fields(vllm.AsyncEngineArgs)})
     if current_platform.is_cuda():
