@@ -20,7 +20,11 @@ _LEAST_OF_PLAIN = {"": 0.95, "8b": 0.97}  # DSPy's speed over plain vLLM's, by s
 def throughput(bench: Bench) -> list[Figure]:
     """Output tokens a second of DSPy programs in threads against plain ``LLM.generate``, all adapters mixed."""
     figures, least = [], _LEAST_OF_PLAIN.get(bench.shape or "", _LEAST_OF_PLAIN[""])
-    with raw_vllm(bench.settings, bench.adapters) as raw, dspy_settings(adapter=AnyText()):
+    at_once = min(bench.threads, bench.engine.get("max_num_seqs", bench.threads))
+    with (
+        raw_vllm(bench.settings_with({"max_num_seqs": at_once}), bench.adapters) as raw,
+        dspy_settings(adapter=AnyText()),
+    ):
         for tokens in bench.answers:
             programs = {domain: _program(bench, domain, max_tokens=tokens) for domain in bench.domains}
             raw.tokens_a_second([bench.own_adapters(bench.fresh(24))], tokens)
