@@ -140,24 +140,36 @@ def _bench(shape, engine=None, names=None):
 
 
 @pytest.mark.parametrize(
-    ("shape", "count", "bars"), [("8b", 12, [0.90, 0.88, None]), ("8b", 3, [0.90, None, None]), ("4b", 12, [None] * 3)]
+    ("measured", "shape", "count", "bars"),
+    [
+        (adapters.adapters, "8b", 12, {"one adapter over base": 0.90, "12 adapters mixed over base": 0.88}),
+        (adapters.adapters, "8b", 3, {"one adapter over base": 0.90}),
+        (adapters.adapters, "4b", 12, {}),
+        (adapters.vllm_lora, "8b", 12, {}),
+    ],
 )
-def test_adapters_have_bars_for_the_large_shape_on_a_gpu(shape, count, bars, started):
-    figures = adapters.adapters(_bench(shape, names=workload.adapter_names(count)))
-    assert [figure.least for figure in figures[1:4]] == bars
-    assert [figure.name for figure in figures[:4]] == [
-        "base model, engine with LoRA on",
-        "one adapter over base",
-        f"{count} adapters mixed over base",
-        f"{count} adapters one after another over base",
-    ]
-    assert all(figure.least is None for figure in figures[4:])  # vLLM's own LoRA
+def test_adapters_have_bars_for_the_large_shape_on_a_gpu(measured, shape, count, bars, started):
+    figures = measured(_bench(shape, names=workload.adapter_names(count)))
+    assert {figure.name: figure.least for figure in figures if figure.least} == bars
+    assert ("worker_cls" in started[0]) == (measured is adapters.vllm_lora)
+
+
+def test_adapters_are_measured_in_batches_of_some_and_all_for_each_length(started):
+    bench = _bench("4b")
+    kinds = ["one adapter", "4 adapters mixed", "12 adapters mixed", "12 adapters one after another"]
+    over = [f"{kind} over base" for kind in kinds]
+    names = [figure.name for figure in adapters.adapters(bench)]
+    assert names == ["base model, 16 tokens an answer", *over, "base model, 64 tokens an answer", *over]
+    batches = {kind: of() for kind, of in adapters._kinds(bench).items()}
+    assert [len(batches[kind]) for kind in kinds] == [1, 1, 1, 12]
+    assert [len(set(batches[kind][0][1])) for kind in kinds] == [1, 4, 12, 1]
+    assert all(len(asked) == len(names) == 2 for asked, names in batches[kinds[-1]])
 
 
 def test_an_engine_s_memory_that_was_asked_for_stays(started):
     adapters.adapters(_bench("8b"))
     adapters.adapters(_bench("8b", {"gpu_memory_utilization": 0.3}))
-    assert [args["gpu_memory_utilization"] for args in started] == [0.9, 0.9, 0.3, 0.3]
+    assert [args["gpu_memory_utilization"] for args in started] == [0.9, 0.3]
 
 
 def test_the_file_says_which_machine_it_was():
@@ -260,8 +272,7 @@ def test_what_adapters_cost_on_random_weights(tmp_path, capsys):
     [point] = json.loads(file.read_text())["points"]
     assert point["adapters"] == 2
     names = [figure["name"] for figure in point["figures"]]
-    assert names[:3] == ["base model, engine with LoRA on", "one adapter over base", "2 adapters mixed over base"]
-    assert names[5] == "one adapter over base, vLLM's own LoRA"
+    assert names[:3] == ["base model, 2 tokens an answer", "one adapter over base", "2 adapters mixed over base"]
     assert all(figure["median"] > 0 and figure["holds"] is None for figure in point["figures"])
     shown = capsys.readouterr().out
     assert shown.startswith("adapters = 2\n") and "2 adapters one after another over base (x)" in shown

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dspy_lora.bench import measure, picture, sweep
-from dspy_lora.bench.adapters import adapters
+from dspy_lora.bench.adapters import adapters, vllm_lora
 from dspy_lora.bench.bench import Bench
 from dspy_lora.bench.defaults import defaults
 from dspy_lora.bench.figure import Figure
@@ -34,11 +34,12 @@ MEASUREMENTS: dict[str, Callable[[Bench], list[Figure]]] = {
     "endings": measure.endings,
     "loading": loading,
     "adapters": adapters,
+    "vllm-lora": vllm_lora,
     "defaults": defaults,
 }
 
-_LONG = ("soak", "endings", "loading", "adapters", "defaults")  # minutes
-_ALONE = ("caller-memory", "endings", "loading", "adapters", "defaults")
+_LONG = ("soak", "endings", "loading", "adapters", "vllm-lora", "defaults")  # minutes
+_ALONE = ("caller-memory", "endings", "loading", "adapters", "vllm-lora", "defaults")
 _SEEDLING_S = ("caller-memory", "endings")  # their programs are written for it
 _ADAPTERS, _RANK = 12, 16
 _MOST_ADAPTERS = 64
