@@ -299,11 +299,9 @@ def _start(settings: dict[str, Any], stats: Statistics) -> "tuple[AsyncLLM, dict
     # Whose batch sizes vLLM takes: of an "engine" it lets 128 requests run at once, on whatever GPU.
     usage = UsageContext.LLM_CLASS if current_platform.is_cuda() else UsageContext.ENGINE_CONTEXT
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**args), usage_context=usage, stat_loggers=[Recorder])
-    info = {
+    room = {key: args[key] if args["enable_lora"] else 0 for key in ("max_loras", "max_lora_rank", "max_cpu_loras")}
+    info = room | {
         "max_model_len": engine.model_config.max_model_len,
-        "max_loras": args["max_loras"],
-        "max_lora_rank": args["max_lora_rank"],
-        "max_cpu_loras": args["max_cpu_loras"],
         "loads_aside": args["enable_lora"] and args.get("worker_cls", "").startswith("dspy_lora."),
         "vllm": vllm.__version__,
         "device": current_platform.device_type,

@@ -80,7 +80,7 @@ class Residents:
 
     async def figures(self) -> dict[str, Any]:
         """What ``engine_stats()`` shows of adapters: the used ones that are still there, and how many there are."""
-        resident = await self._engine.list_loras()
+        resident = await self._engine.list_loras() if self._max_loras else ()
         names = {lora.lora_int_id: name for name, lora in self._loras.items()}
         return {
             "adapters": sorted(names[id] for id in resident if id in names),
@@ -119,11 +119,16 @@ class Residents:
         """
         from vllm.lora.request import LoRARequest
 
-        await asyncio.to_thread(self._check_rank, adapter)
+        await asyncio.to_thread(self._check_room, adapter)
         return LoRARequest(adapter.name, self._ids.setdefault(adapter.name, len(self._ids) + 1), adapter.path)
 
-    def _check_rank(self, adapter: Adapter) -> None:
+    def _check_room(self, adapter: Adapter) -> None:
         """Refuses an adapter that needs more room than the engine was started with."""
+        if not self._max_loras:
+            raise AdapterError(
+                f"adapter {adapter.name!r} needs LoRA; this engine was started without it and takes the base alone. "
+                "Leave 'enable_lora' out of LoRALM(engine=...), or ask without a domain."
+            )
         config = read_peft_config(Path(adapter.path))
         rank = max(config.r, *(config.rank_pattern or {}).values(), 0)
         if rank > self._max_rank:
