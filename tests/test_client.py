@@ -386,6 +386,19 @@ def test_an_engine_that_starts_is_told_of_the_adapters_that_registries_have_for_
     assert {each.name for each in StandIn.made[0].sent[1:]} == {"ahead"}
 
 
+def test_an_engine_without_lora_is_told_of_no_adapters(client):
+    mine = SimpleNamespace(ref="a@1", path=Path("/a"), base=SETTINGS.base.revision)
+    client.registries = {Path("/1"): SimpleNamespace(list=lambda: [mine])}
+
+    call = ask(client)
+    eventually(lambda: StandIn.made)
+    StandIn.made[0].replies.put(Ready({"max_cpu_loras": 0}))
+    StandIn.made[0].replies.put(done(call))
+    client.result(call)
+
+    assert StandIn.made[0].sent == [call.request]
+
+
 def raises(error):
     raise error
 
@@ -434,6 +447,12 @@ def test_progress_is_one_moving_line_on_a_terminal(monkeypatch):
     progress.stop()
     assert screen.getvalue().count("\n") == 1
     assert "12 adapter slots, rank up to 16, context 2048" in screen.getvalue()
+
+
+def test_progress_promises_no_slots_of_an_engine_without_lora(monkeypatch):
+    monkeypatch.setattr("sys.stderr", log := io.StringIO())
+    Progress("seedling").done(INFO | {"max_loras": 0, "max_lora_rank": 0})
+    assert log.getvalue().endswith("(no LoRA, context 2048)\n")
 
 
 def test_progress_is_two_lines_in_a_file_and_ends_its_line_where_a_start_fails(monkeypatch):

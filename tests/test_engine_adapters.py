@@ -209,6 +209,26 @@ def test_an_adapter_unloaded_under_its_calls_is_loaded_again(make):
     assert make().engine_stats()["restarts"] == 0
 
 
+def test_an_engine_without_lora_starts_is_counted_and_refuses_adapters(make):
+    base = LoRALM("seedling", engine={"dtype": "float32", "enable_lora": False}, max_tokens=12, cache=False)
+    legal = base.copy(domain="legal")
+    try:
+        base.preload()
+        assert ask(base) == ask(make())
+        message = refusal(legal)
+        assert f"adapter {legal.adapter.ref!r} needs LoRA; this engine was started without it" in message
+        assert "Leave 'enable_lora' out of LoRALM(engine=...), or ask without a domain." in message
+        with pytest.raises(AdapterError, match="needs LoRA"):
+            legal.preload()
+        legal.unload()  # of what was never loaded: nothing
+        stats = base.engine_stats()
+    finally:
+        base.kill()
+    assert (stats["adapters"], stats["adapters_in_memory"], stats["requests"]) == ([], 0, 1)
+    assert (stats["max_loras"], stats["max_lora_rank"], stats["max_cpu_loras"]) == (0, 0, 0)
+    assert stats["restarts"] == 0
+
+
 def test_the_engine_counts_what_runs_and_what_waits(make):
     before = make().engine_stats()
     lm = make("legal", max_tokens=200, ignore_eos=True)

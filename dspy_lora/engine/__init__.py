@@ -3,6 +3,7 @@
 local.py      what ``dspy.LM`` calls · client.py  the user's side: sends requests, restarts the child once when it dies
 protocol.py   the messages between the two · host_process.py  the child as its user sees it
 host.py       the child process that owns vLLM's ``AsyncLLM``, the tokenizer, the chat template and the parsers
+residents.py  how adapters come into vLLM and out · lora_loading.py  its workers read them beside the requests
 arguments.py  what vLLM is started with · grammar.py  JSON schemas with bounded whitespace · statistics.py  counts
 translate.py  ``dspy.lm15`` requests and responses to and from messages
 remote.py     servers that speak the OpenAI API instead of a child process · routes.py  models chosen by request

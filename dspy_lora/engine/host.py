@@ -1,6 +1,8 @@
 """The child process that owns vLLM: ``python -m dspy_lora.engine.host SOCKET_FOLDER SETTINGS_JSON``.
 
 It tokenises, renders the chat template, runs ``AsyncLLM``, parses reasoning and tool calls, and answers over ZeroMQ.
+How adapters come into vLLM is in residents.py.
+
 It ends when the user's process ends (its standard input closes, or its parent changes), and takes vLLM's own child
 processes with it.
 """
@@ -14,21 +16,18 @@ import shutil
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import zmq
 import zmq.asyncio
 
-from dspy_lora.adapters.peft_config import read_peft_config
 from dspy_lora.engine.arguments import engine_args, set_environment
 from dspy_lora.engine.grammar import bounded
 from dspy_lora.engine.parsers import Parsers, check_parsers
 from dspy_lora.engine.processes import kill_own_group
 from dspy_lora.engine.protocol import (
     Abort,
-    Adapter,
     Candidate,
     Command,
     Delta,
@@ -42,20 +41,18 @@ from dspy_lora.engine.protocol import (
     StartFailed,
     Token,
 )
+from dspy_lora.engine.residents import Residents
 from dspy_lora.engine.statistics import Statistics
 from dspy_lora.engine.turns import Turns
 from dspy_lora.errors import AdapterError
 
 if TYPE_CHECKING:
-    from vllm.lora.request import LoRARequest
     from vllm.outputs import CompletionOutput, RequestOutput
     from vllm.v1.engine.async_llm import AsyncLLM
 
 ENGINE_DIED = 70  # exit status that tells the client vLLM's core is gone
 _PARENT_POLL_S = 2.0
 _ENGINE_POLL_S = 0.5
-_READ_POLL_S = 0.01
-_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank may be
 
 
 class Host:
@@ -80,17 +77,11 @@ class Host:
         self.engine = engine
         self.tokenizer = engine.get_tokenizer()
         self.max_model_len: int = engine.model_config.max_model_len
-        self.max_lora_rank: int = info["max_lora_rank"]
-        self.loads_aside: bool = info["loads_aside"]
         self.parsers = parsers
         self.replies = replies
         self.stats = stats
-        self.max_loras: int = info["max_loras"]
-        self.turns = Turns(self.max_loras)
-        self.loras: dict[str, LoRARequest] = {}
-        self.lora_ids: dict[str, int] = {}
-        self.loading: dict[str, asyncio.Task[LoRARequest]] = {}
-        self.one_ahead = asyncio.Lock()
+        self.turns = Turns(info["max_loras"])
+        self.residents = Residents(engine, info)
         self.tasks: dict[int, asyncio.Task[None]] = {}
 
     async def serve(self, requests: zmq.asyncio.Socket) -> None:
@@ -140,11 +131,11 @@ class Host:
 
         prompt = self.prompt_tokens(request)
         params = self.sampling_params(request, len(prompt))
-        lora = await self.lora(request.adapter) if request.adapter else None
+        lora = await self.residents.lora(request.adapter) if request.adapter else None
         outputs = self.engine.generate(tokens_input(prompt), params, str(request.id), lora_request=lora)
         async with self.turns.turn(lora.lora_name) if lora else contextlib.nullcontext() as came_in:
-            if lora and came_in and len(self.loras) > self.max_loras:
-                await self.add(lora)  # into a slot, between two steps of the others instead of inside one
+            if lora and came_in:
+                await self.residents.swap_in(lora)
             if request.stream:
                 final = await self.stream(request, prompt, outputs)
             else:
@@ -208,69 +199,6 @@ class Host:
             logprobs=_tokens(request, output),
         )
 
-    async def lora(self, adapter: Adapter) -> "LoRARequest":
-        """The engine's handle on an adapter, loaded at the first use.
-
-        Loading goes through ``add_lora`` first because a load that fails inside a batch would end vLLM's core.
-        """
-        if not await asyncio.to_thread(Path(adapter.path, "adapter_model.safetensors").exists):
-            raise AdapterError(
-                f"adapter {adapter.name!r} is gone from {adapter.path!r}. Publish it again, or name another revision."
-            )
-        if lora := self.loras.get(adapter.name):
-            return lora
-        if adapter.name not in self.loading:
-            self.loading[adapter.name] = task = asyncio.create_task(self.load(adapter))
-            task.add_done_callback(lambda _: self.loading.pop(adapter.name))
-        return await asyncio.shield(self.loading[adapter.name])
-
-    async def load(self, adapter: Adapter) -> "LoRARequest":
-        """Loads an adapter for the first time."""
-        lora = await self.lora_request(adapter)
-        await self.add(lora)
-        self.loras[adapter.name] = lora
-        return lora
-
-    async def add(self, lora: "LoRARequest") -> None:
-        """Puts an adapter into a slot; reads it before, if it is not in CPU memory."""
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        try:
-            await self.bring(lora)
-            await self.engine.add_lora(lora)
-        except EngineDeadError:
-            raise
-        except Exception as exc:
-            raise AdapterError(f"vLLM cannot load adapter {lora.lora_name!r} from {lora.lora_path!r}: {exc}") from exc
-
-    async def lora_request(self, adapter: Adapter) -> "LoRARequest":
-        """vLLM's request for an adapter, under the same integer id whenever it is loaded.
-
-        vLLM takes requests of one name for one adapter, and finds its slot by the id: while calls still run under an
-        adapter that was unloaded, a second id for its name would end vLLM's core.
-        """
-        from vllm.lora.request import LoRARequest
-
-        await asyncio.to_thread(self.check_rank, adapter)
-        return LoRARequest(adapter.name, self.lora_ids.setdefault(adapter.name, len(self.lora_ids) + 1), adapter.path)
-
-    async def bring(self, lora: "LoRARequest") -> None:
-        """Waits until an adapter is in the workers' CPU memory; the running requests do not."""
-        place = (lora.lora_name, lora.lora_int_id, lora.lora_path)
-        while self.loads_aside and not all(await self.engine.collective_rpc("bring_adapter", args=place)):
-            await asyncio.sleep(_READ_POLL_S)
-
-    def check_rank(self, adapter: Adapter) -> None:
-        """Refuses an adapter that needs more room than the engine was started with."""
-        config = read_peft_config(Path(adapter.path))
-        rank = max(config.r, *(config.rank_pattern or {}).values(), 0)
-        if rank > self.max_lora_rank:
-            enough = next((allowed for allowed in _RANKS if allowed >= rank), rank)
-            raise AdapterError(
-                f"adapter {adapter.name!r} has rank {rank}; this engine takes ranks up to {self.max_lora_rank}. Give "
-                f"LoRALM(engine={{'max_lora_rank': {enough}}}) or serving.max_lora_rank in lora_config.yaml."
-            )
-
     async def watch(self) -> None:
         """Ends this process when vLLM's core is gone: calls of ``add_lora`` and the like would wait for it forever."""
         while not self.engine.errored:
@@ -281,19 +209,14 @@ class Host:
         """Answers ``ahead``, ``load``, ``unload``, ``stats``, ``sleep`` and ``wake``."""
         value: dict[str, Any] = {}
         if command.name == "ahead" and command.adapter:
-            async with self.one_ahead:  # one waits behind a single read, not behind them all
-                await self.bring(await self.lora_request(command.adapter))
+            await self.residents.ahead(command.adapter)
         elif command.name == "load" and command.adapter:
-            await self.add(await self.lora(command.adapter))  # again, if it was swapped out
+            await self.residents.load(command.adapter)
         elif command.name == "unload" and command.adapter:
-            if lora := self.loras.pop(command.adapter.name, None):
-                await self.engine.remove_lora(lora.lora_int_id)
-            value["unloaded"] = lora is not None
+            value["unloaded"] = await self.residents.unload(command.adapter)
         elif command.name == "stats":
-            resident = await self.engine.list_loras()
-            names = {lora.lora_int_id: name for name, lora in self.loras.items()}
-            value = self.stats.snapshot() | {"adapters": sorted(names[id] for id in resident if id in names)}
-            value["adapters_in_memory"] = len(resident)
+            adapters = await self.residents.figures()
+            value = self.stats.snapshot() | adapters
         elif command.name == "sleep":
             await self.engine.sleep()
         elif command.name == "wake":
@@ -376,11 +299,9 @@ def _start(settings: dict[str, Any], stats: Statistics) -> "tuple[AsyncLLM, dict
     # Whose batch sizes vLLM takes: of an "engine" it lets 128 requests run at once, on whatever GPU.
     usage = UsageContext.LLM_CLASS if current_platform.is_cuda() else UsageContext.ENGINE_CONTEXT
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**args), usage_context=usage, stat_loggers=[Recorder])
-    info = {
+    room = {key: args[key] if args["enable_lora"] else 0 for key in ("max_loras", "max_lora_rank", "max_cpu_loras")}
+    info = room | {
         "max_model_len": engine.model_config.max_model_len,
-        "max_loras": args["max_loras"],
-        "max_lora_rank": args["max_lora_rank"],
-        "max_cpu_loras": args["max_cpu_loras"],
         "loads_aside": args["enable_lora"] and args.get("worker_cls", "").startswith("dspy_lora."),
         "vllm": vllm.__version__,
         "device": current_platform.device_type,

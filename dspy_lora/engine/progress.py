@@ -33,7 +33,8 @@ class Progress:
         """The engine serves."""
         seconds = time.monotonic() - self._began
         start = "\r" if self._terminal else ""
-        room = f"{info['max_loras']} adapter slots, rank up to {info['max_lora_rank']}, context {info['max_model_len']}"
+        slots = f"{info['max_loras']} adapter slots, rank up to {info['max_lora_rank']}"
+        room = f"{slots if info['max_loras'] else 'no LoRA'}, context {info['max_model_len']}"
         where = f"vLLM {info['vllm']} serves {self._name!r} on {info['device']}"
         self._write(f"{start}dspy-lora: {where} after {seconds:.0f} s ({room})\n")
         self._open = False
