@@ -115,3 +115,15 @@ def test_a_processor_that_cannot_compute_in_bfloat16_gets_float32(monkeypatch, a
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": architecture, "avx512_f": avx512})
     assert arguments._cpu_args(1.0, "0.32.0").get("dtype") == dtype
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"cudagraph_capture_sizes": [1]}, {"max_cudagraph_capture_size": 512}, {"compilation_config": {}}]
+    + [{"enforce_eager": True}, {"enable_lora": False}],
+    ids=str,
+)
+def test_graphs_on_a_gpu_go_beyond_vllm_s_unless_the_user_says_something_of_them(given):
+    sizes = arguments._cuda_args({"max_loras": 4})["cudagraph_capture_sizes"]
+    assert sizes == sorted(set(sizes)) and {1, 256, 512, 2048} < set(sizes) and sizes[-1] == 2048
+    assert "cudagraph_capture_sizes" not in arguments._cuda_args(given)

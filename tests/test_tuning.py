@@ -454,18 +454,22 @@ def config_file(tmp_path):
     return str(file)
 
 
-def test_command_without_a_gpu(config_file, monkeypatch):
+@pytest.fixture
+def no_gpu(monkeypatch):
     import torch
+    import vllm.triton_utils  # noqa: F401 - looks for a GPU when it is first imported, and later tests want the truth
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_command_without_a_gpu(config_file):
     with pytest.raises(TuningError, match="no CUDA device"):
         command.run(arguments("--config", config_file))
 
 
+@pytest.mark.usefixtures("no_gpu")
 def test_without_a_gpu_it_ends_in_one_line_and_leaves_no_folder(config_file, tmp_path, monkeypatch, capsys):
-    import torch
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
     assert cli.main(["tune", "--config", config_file]) == 2
     printed = capsys.readouterr()
