@@ -119,8 +119,13 @@ def test_a_processor_that_cannot_compute_in_bfloat16_gets_float32(monkeypatch, a
 
 @pytest.mark.parametrize(
     "given",
-    [{"cudagraph_capture_sizes": [1]}, {"max_cudagraph_capture_size": 512}, {"compilation_config": {}}]
-    + [{"enforce_eager": True}, {"enable_lora": False}],
+    [
+        {"cudagraph_capture_sizes": [1]},
+        {"max_cudagraph_capture_size": 512},
+        {"compilation_config": {}},
+        {"enforce_eager": True},
+        {"enable_lora": False},
+    ],
     ids=str,
 )
 def test_graphs_on_a_gpu_go_beyond_vllm_s_unless_the_user_says_something_of_them(given):
