@@ -131,7 +131,8 @@ def _flags(args: dict[str, Any]) -> list[str]:
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            words += [f"--{flag}", value if isinstance(value, str) else json.dumps(value)]
+            values = value if isinstance(value, list) else [value]  # a list is several words
+            words += [f"--{flag}", *(each if isinstance(each, str) else json.dumps(each) for each in values)]
     return words
 
 
