@@ -65,11 +65,12 @@ def _computes_bfloat16() -> bool:
     return found["architecture"] != "x86_64" or bool(found["avx512_f"])
 
 
-def engine_args(settings: dict[str, Any]) -> dict[str, Any]:
+def engine_args(settings: dict[str, Any], said: dict[str, Any] | None = None) -> dict[str, Any]:
     """Arguments for ``vllm.AsyncEngineArgs``; the benchmark starts plain vLLM with the same.
 
     Args:
         settings: ``EngineSettings`` as a dictionary.
+        said: Arguments that come before those of the settings.
 
     Returns:
         The arguments.
@@ -88,7 +89,7 @@ def engine_args(settings: dict[str, Any]) -> dict[str, Any]:
         args |= _cpu_args(settings["kv_cache_gib"], vllm.__version__)
     elif current_platform.is_cuda():
         args["worker_cls"] = gpu_tuned.TILED
-    given = json.loads(settings["args"])
+    given = json.loads(settings["args"]) | (said or {})
     args |= given
     if current_platform.is_cuda() and args["enable_lora"] and not _ON_GRAPHS & given.keys():
         args["cudagraph_capture_sizes"] = _GRAPHS
