@@ -16,7 +16,7 @@ from typing import get_args
 from dspy_lora.adapters.base import Base, resolve_base
 from dspy_lora.adapters.registry import AdapterRegistry, Revision
 from dspy_lora.config import LARGEST_RANK, Config, Rank, load_config
-from dspy_lora.engine.openai_server import MODULE, OpenAIServer, prepare
+from dspy_lora.engine.openai_server import OpenAIServer, prepare
 from dspy_lora.engine.settings import engine_settings
 from dspy_lora.errors import AdapterError, ConfigError, MissingDependencyError
 
@@ -165,4 +165,4 @@ def command_line(server: OpenAIServer) -> str:
     ours = [name for name in before | os.environ if name.startswith(_OURS)]
     after = {name: os.environ.get(name, "") for name in ours if before.get(name) != os.environ.get(name)}
     assignments = [f"{name}={shlex.quote(value)}" for name, value in after.items()]
-    return " ".join([*assignments, shlex.join([sys.executable, "-m", MODULE, *words])])
+    return " ".join([*assignments, shlex.join([sys.executable, "-m", *words])])

@@ -1,11 +1,12 @@
 """Which tuned tiles an engine on an NVIDIA GPU takes: as engine_args decides it, on a GPU in name only."""
 
+import argparse
 import json
 import os
 
 import pytest
 
-from dspy_lora.engine import arguments, gpu_tiles, gpu_tuned
+from dspy_lora.engine import arguments, gpu_tiles, gpu_tuned, openai_server, server_words
 from dspy_lora.engine.gpu_shapes import products
 from dspy_lora.tuning import files
 from dspy_lora.tuning.problem import Problem
@@ -186,3 +187,20 @@ def test_the_workers_are_those_of_the_module():
 
     names = [f"{each.__module__}.{each.__name__}" for each in (gpu_lora.TiledGPUWorker, gpu_lora.TunedGPUWorker)]
     assert names == [gpu_tuned.TILED, gpu_tuned.TUNED]
+
+
+def test_words_for_vllm_s_server_count_and_its_parser_takes_what_the_engine_gets(start, tmp_path, monkeypatch):
+    """The tiles are for the rank that a word names, not for that of the settings; and every argument goes through."""
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")  # which is set else, for this process
+    folder = tune(tmp_path / "shipped" / STEM, rank=64)
+    assert start()[0] == "TiledGPUWorker"
+    base = {"path": str(tmp_path / "base"), "name": "a base"}
+    settings = {"reasoning_parser": None, "kv_cache_gib": 1.0, "args": "{}", "base": base, "tool_parser": None}
+    given = {"settings": settings, "adapters": [], "host": "127.0.0.1", "port": 8000}
+    words = ["--max-lora-rank", "64", "--worker-cls", gpu_tuned.TILED]
+    _, *line = openai_server.prepare(given | {"words": words})
+    parsed = vars(server_words._parsed(line, argparse.Namespace()))
+    assert os.environ[FOLDER] == str(folder)
+    wanted = arguments.engine_args(settings | {"args": json.dumps({"max_lora_rank": 64})})
+    assert wanted["worker_cls"] == gpu_tuned.TUNED and len(wanted["cudagraph_capture_sizes"]) > 2
+    assert {name: parsed[name] for name in wanted} == wanted

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import httpx
 import pytest
@@ -17,7 +18,7 @@ import pytest
 from dspy_lora import AdapterRegistry, LoRALM, serve_command
 from dspy_lora.adapters.base import SEEDLING_FOLDER, resolve_base
 from dspy_lora.config import load_config
-from dspy_lora.engine import openai_server
+from dspy_lora.engine import openai_server, server_words
 from dspy_lora.engine.openai_server import OpenAIServer, free_port, running
 from dspy_lora.engine.settings import engine_settings
 from dspy_lora.errors import AdapterError, ConfigError, EngineStartError, MissingDependencyError, UnknownAdapterError
@@ -44,8 +45,17 @@ def started(monkeypatch):
 @pytest.fixture
 def vllm_s_arguments(monkeypatch):
     """Stands in for ``engine_args``, which imports vLLM."""
-    monkeypatch.setattr(openai_server, "engine_args", lambda settings: ENGINE_ARGS | json.loads(settings["args"]))
-    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(
+        openai_server, "engine_args", lambda settings, said: ENGINE_ARGS | json.loads(settings["args"]) | said
+    )
+    with mock.patch.dict(os.environ):
+        yield
+
+
+def prepared(*words):
+    """The module, and its words, for a server of the seedling without adapters."""
+    server = OpenAIServer(engine_settings(resolve_base("seedling"), load_config()), [], "h", 1, words)
+    return openai_server.prepare(json.loads(server.command[-1]))
 
 
 ENGINE_ARGS = {
@@ -71,18 +81,6 @@ def test_all_adapters_of_the_base_are_served_as_loralm_names_them():
 def test_named_adapters_are_served_once_each():
     server = plan("--base-model", "seedling", "--domain", "legal", "financial", "legal")
     assert [adapter.adapter for adapter in server.adapters] == ["legal", "financial"]
-
-
-@pytest.mark.parametrize(
-    ("servers", "first", "may_load"),
-    [(1, ["vllm.entrypoints.openai.api_server", "--host"], "1"), (4, ["vllm.entrypoints.cli.main", "serve"], "0")],
-)
-def test_several_api_servers_are_a_matter_of_vllm_serve(servers, first, may_load, vllm_s_arguments, monkeypatch):
-    """The module ``api_server`` takes the flag and starts one; and several load no adapter later."""
-    server = OpenAIServer(engine_settings(resolve_base("seedling"), load_config()), [], "h", 1, api_servers=servers)
-    words = openai_server.module_and_words(json.loads(server.command[-1]))
-    assert words[:2] == first and os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == may_load
-    assert words[-2:] == (["--api-server-count", "4"] if servers > 1 else words[-2:])
 
 
 def test_an_unknown_adapter_is_named_with_the_near_ones():
@@ -129,7 +127,8 @@ def test_a_rank_above_the_configured_one_or_vllm_s_is_refused(monkeypatch):
 def test_the_words_carry_the_engine_s_arguments_and_the_user_s_come_last(vllm_s_arguments, monkeypatch):
     monkeypatch.setenv("DSPY_LORA_SERVING__TOOL_PARSER", "hermes")
     server = plan("--base-model", "seedling", "--domain", "legal", "--port", 81, "--", "--max-loras", "3")
-    words = openai_server.prepare(json.loads(server.command[-1]))
+    module, *words = openai_server.prepare(json.loads(server.command[-1]))
+    assert module == "vllm.entrypoints.openai.api_server"
     [legal] = server.adapters
     module = json.loads(words[words.index("--lora-modules") + 1])
     assert module == {"name": legal.ref, "path": str(legal.path), "base_model_name": "seedling"}
@@ -140,6 +139,7 @@ def test_the_words_carry_the_engine_s_arguments_and_the_user_s_come_last(vllm_s_
         "--generation-config vllm", "--enable-auto-tool-choice --tool-call-parser hermes",
     ):  # fmt: skip
         assert flag in text
+    assert text.count("--max-loras") == 1
     assert "disable-log-stats" not in text
     assert os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
 
@@ -161,7 +161,7 @@ def test_a_dry_run_prints_a_command_for_a_shell(vllm_s_arguments, started, capsy
 
 
 def test_a_dry_run_prints_what_the_engine_changes_and_drops(vllm_s_arguments, capsys, monkeypatch):
-    def engine_args(settings):
+    def engine_args(settings, said):
         os.environ["VLLM_CHANGED"] = "after"
         del os.environ["VLLM_DROPPED"]
         return ENGINE_ARGS
@@ -172,6 +172,91 @@ def test_a_dry_run_prints_what_the_engine_changes_and_drops(vllm_s_arguments, ca
     words = shlex.split(capsys.readouterr().out)
     assert {"VLLM_CHANGED=after", "VLLM_DROPPED="} <= set(words)
     assert not any(word.startswith("VLLM_KEPT") for word in words)
+
+
+# -- the user's words --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--max-loras", "3"], {"max_loras": 3}),
+        (["--max_loras=3", "-tp", "2", "--no-enable-lora"],
+         {"max_loras": 3, "tensor_parallel_size": 2, "enable_lora": False}),
+        (["--max-lora-r", "64", "--hf-overrides.hidden_size", "8"],
+         {"max_lora_rank": 64, "hf_overrides": {"hidden_size": 8}}),
+        (["--api-key", "k", "--api-server-count", "1"], {"api_server_count": 1}),
+        (["--max-loras", "12"], {"max_loras": 12}),
+        ([], {}),
+    ],
+)  # fmt: skip
+def test_words_are_read_as_vllm_reads_them(words, said):
+    assert server_words.read(words) == said
+
+
+def test_what_the_words_say_is_not_said_by_the_settings_too(tmp_path, vllm_s_arguments):
+    """vLLM puts the words of its --config before all others, so that the settings' would win."""
+    file = tmp_path / "vllm.yaml"
+    file.write_text("max-loras: 3\n")
+    words = prepared("--config", str(file), "--generation-config", "auto")
+    assert "--max-loras" not in words and words.count("--generation-config") == 1
+    assert vars(server_words._parsed(words[1:], argparse.Namespace()))["max_loras"] == 3
+
+
+def test_the_engine_s_arguments_follow_from_the_words():
+    with mock.patch.dict(os.environ):
+        words = prepared("--max-loras", "64", "--worker-cls", "my.Worker")
+    assert words[words.index("--max-cpu-loras") + 1] == "64"  # 32 by default, and vLLM refuses fewer than max_loras
+    assert words[-2:] == ["--worker-cls", "my.Worker"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--port", "9000"], "set port to 9000, which dspy-lora serve sets itself: use --port PORT before the --"),
+        (["--hos=::1"], "set host to '::1', .* use --host HOST before"),
+        (["--model", "other"], "set model to 'other', .* use --base-model MODEL before"),
+        (["other"], "set model_tag to 'other', .* use --base-model MODEL before"),
+        (["--served_model_name", "a", "b"], r"set served_model_name to \['a', 'b'\], .* use --base-model MODEL"),
+        (["--lora-modules", "a=/b"], "set lora_modules to .*'/b'.* use `dspy-lora adapters publish`, and --domain"),
+        (["--api-server-count", "0"], "--api-server-count 0: give 1 or more"),
+    ],
+)
+def test_a_word_that_would_undo_an_option_is_refused(words, message):
+    with pytest.raises(ConfigError, match=message):
+        server_words.read([*words, "--api-key", "secret"])
+
+
+def test_a_file_may_undo_no_option_either(tmp_path):
+    file = tmp_path / "vllm.yaml"
+    file.write_text("port: 9000\n")
+    with pytest.raises(ConfigError, match="set port to 9000"):
+        server_words.read(["--config", str(file)])
+
+
+@pytest.mark.parametrize(
+    ("servers", "first", "may_load"),
+    [("1", ["vllm.entrypoints.openai.api_server", "--host"], "1"), ("4", ["vllm.entrypoints.cli.main", "serve"], "0")],
+)
+def test_several_api_servers_are_a_matter_of_vllm_serve(
+    servers, first, may_load, vllm_s_arguments, monkeypatch, capsys
+):
+    """The module ``api_server`` takes the flag and starts one; and several load no adapter later."""
+    monkeypatch.setattr(server_words, "version", lambda name: "0.32.0")
+    words = prepared("--api-server-count", servers)
+    assert words[:2] == first and words[-2:] == ["--api-server-count", servers]
+    assert os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == may_load
+    assert ("loads no adapter after its start" in capsys.readouterr().err) is (may_load == "0")
+
+
+def test_several_api_servers_are_refused_where_vllm_serve_fails(monkeypatch):
+    def version(name):
+        raise server_words.PackageNotFoundError(name)
+
+    monkeypatch.setattr(server_words, "version", version)
+    with pytest.raises(ConfigError, match="--api-server-count 4 needs the command `vllm serve`, which fails with vllm"):
+        server_words.read(["--api-server-count", "4"])
+    assert server_words.read(["--api-server-count", "1"]) == {"api_server_count": 1}
 
 
 # -- the start ---------------------------------------------------------------------------------------------------------
@@ -236,11 +321,17 @@ def test_without_vllm_it_says_what_to_install(monkeypatch):
 
 
 @pytest.mark.timeout(300)
-def test_a_server_that_does_not_start_shows_its_log():
+@pytest.mark.parametrize(
+    ("words", "end"),
+    [(("--no-such-word", "1"), "error: unrecognized arguments: --no-such-word"),
+     (("--port", "9000"), "error: the words after -- set port to 9000")],
+)  # fmt: skip
+def test_a_server_that_does_not_start_shows_its_log(words, end):
     settings = engine_settings(resolve_base("seedling"), load_config())
-    wrong = OpenAIServer(settings, (), "127.0.0.1", free_port(), ("--no-such-word", "1"))
-    with pytest.raises(EngineStartError, match=r"(?s)did not start.*no-such-word"), running(wrong):
+    wrong = OpenAIServer(settings, (), "127.0.0.1", free_port(), words)
+    with pytest.raises(EngineStartError, match=f"(?s)did not start.*{end}") as caught, running(wrong):
         pass
+    assert "Traceback" not in str(caught.value)
 
 
 @pytest.mark.slow

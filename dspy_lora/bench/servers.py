@@ -90,8 +90,8 @@ def openai_server(
         adapters: It loads them at its start.
         api_servers: Processes that speak HTTP.
     """
-    words = ("--disable-uvicorn-access-log",)
-    return running(OpenAIServer(settings, adapters, "127.0.0.1", free_port(), words, api_servers=api_servers))
+    words = ("--disable-uvicorn-access-log", "--api-server-count", str(api_servers))
+    return running(OpenAIServer(settings, adapters, "127.0.0.1", free_port(), words))
 
 
 @contextlib.contextmanager

