@@ -22,7 +22,7 @@ from dspy_lora.errors import AdapterError, ConfigError, MissingDependencyError
 
 ALL = "all"
 _LEAST_RANK = 16  # room for adapters that are loaded later, as in an engine of LoRALM's own
-_OURS = ("VLLM_", "OMP_")  # variables that the engine sets; importing vLLM sets others
+_OURS = ("VLLM_", "OMP_", "GOMP_")  # variables that the engine sets; importing vLLM sets others
 _EVERYWHERE = ("0.0.0.0", "::")
 
 
@@ -140,13 +140,19 @@ def connection(args: argparse.Namespace, server: OpenAIServer) -> str:
     words = [json.dumps(server.settings.base.name)] if args.base_model else []
     words += [f'domain="{server.adapters[0].adapter}"'] if server.adapters else []
     words += [f"registry={json.dumps(str(args.registry))}"] if args.registry else []
-    words += [f'api_base="http://{place}:{server.port}/v1"']
+    scheme = "https" if _is_said(server, "--ssl-certfile", "--ssl-c") else "http"
+    words += [f'api_base="{scheme}://{place}:{server.port}/v1"']
     return f"LoRALM({', '.join([*words, 'api_key=...'] if _has_key(server) else words)})"
 
 
 def _has_key(server: OpenAIServer) -> bool:
-    given = any(word.split("=")[0] == "--api-key" for word in server.words)
-    return given or "VLLM_API_KEY" in os.environ
+    return "VLLM_API_KEY" in os.environ or _is_said(server, "--api-key", "--api-k")
+
+
+def _is_said(server: OpenAIServer, flag: str, least: str) -> bool:
+    """Whether vLLM's words have a flag, or as much of it as vLLM's parser takes for it. A --config is not read."""
+    names = [word.split("=")[0].replace("_", "-") for word in server.words]
+    return any(flag.startswith(name) and name.startswith(least) for name in names)
 
 
 def _is_open(server: OpenAIServer) -> bool:

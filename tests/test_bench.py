@@ -10,7 +10,19 @@ import dspy
 import pytest
 
 from dspy_lora.adapters.registry import AdapterRegistry
-from dspy_lora.bench import adapters, command, latency, measure, memory, over_http, report, shapes, stream, workload
+from dspy_lora.bench import (
+    adapters,
+    command,
+    defaults,
+    latency,
+    measure,
+    memory,
+    over_http,
+    report,
+    shapes,
+    stream,
+    workload,
+)
 from dspy_lora.bench.bench import Bench
 from dspy_lora.bench.figure import Figure
 from dspy_lora.cli import main
@@ -142,8 +154,8 @@ def _bench(shape, engine=None, names=None):
 @pytest.mark.parametrize(
     ("measured", "shape", "count", "bars"),
     [
-        (adapters.adapters, "8b", 12, {"one adapter over base": 0.90, "12 adapters mixed over base": 0.88}),
-        (adapters.adapters, "8b", 3, {"one adapter over base": 0.90}),
+        (adapters.adapters, "8b", 12, {"one adapter over base": 0.90, "all adapters mixed over base": 0.88}),
+        (adapters.adapters, "8b", 3, {}),
         (adapters.adapters, "4b", 12, {}),
         (adapters.vllm_lora, "8b", 12, {}),
     ],
@@ -156,7 +168,7 @@ def test_adapters_have_bars_for_the_large_shape_on_a_gpu(measured, shape, count,
 
 def test_adapters_are_measured_in_batches_of_some_and_all_for_each_length(started):
     bench = _bench("4b")
-    kinds = ["one adapter", "4 adapters mixed", "12 adapters mixed", "12 adapters one after another"]
+    kinds = ["one adapter", "4 adapters mixed", "all adapters mixed", "all adapters one after another"]
     over = [f"{kind} over base" for kind in kinds]
     names = [figure.name for figure in adapters.adapters(bench)]
     assert names == ["base model, 16 tokens an answer", *over, "base model, 64 tokens an answer", *over]
@@ -164,6 +176,58 @@ def test_adapters_are_measured_in_batches_of_some_and_all_for_each_length(starte
     assert [len(batches[kind]) for kind in kinds] == [1, 1, 1, 12]
     assert [len(set(batches[kind][0][1])) for kind in kinds] == [1, 4, 12, 1]
     assert all(len(asked) == len(names) == 2 for asked, names in batches[kinds[-1]])
+
+
+@pytest.mark.parametrize(("threads", "at_once"), [(1, 1), (200, 128)])
+def test_plain_vllm_runs_as_many_requests_at_once_as_loralm_s_side_does(threads, at_once, started, monkeypatch):
+    monkeypatch.setattr(measure, "raw_vllm", adapters.raw_vllm)
+    bench = _bench("8b")
+    bench.threads = threads
+    monkeypatch.setattr(type(bench.first), "engine_stats", lambda self: {"max_num_seqs": 128})
+    monkeypatch.setattr(bench, "run", lambda asked, call: 1.0)
+    figures = measure.throughput(bench)
+    assert started[0]["max_num_seqs"] == at_once
+    assert {figure.least for figure in figures} == {None, 0.97}
+
+
+@pytest.mark.parametrize(("model", "most"), [("seedling", 4295), ("/models/other", None)])
+def test_an_engine_s_memory_has_its_bar_for_the_seedling(model, most, monkeypatch):
+    bench = _bench(None)
+    bench.model = model
+    monkeypatch.setattr(type(bench.first), "engine_stats", lambda self: {"pid": 1})
+    monkeypatch.setattr(bench, "run", lambda asked, call: 1.0)
+    monkeypatch.setattr(measure.memory, "group_megabytes", lambda pid: 100.0)
+    assert [figure.most for figure in measure.engine_memory(bench)] == [most]
+
+
+def test_defaults_are_ratios_of_the_engine_as_it_is_over_others(monkeypatch):
+    """On a CPU the runs before and after each other one, on a GPU the first and the last of all."""
+    asked = []
+
+    def speeds(bench, environment, engine):
+        asked.append((environment, engine))
+        return (10.0 * len(asked), 2.0) if not environment and not engine else (10.0, 4.0)
+
+    for which, names in (("cpu", defaults._CPU_SPEEDS), ("gpu", ("a", "b"))):
+        asked.clear()
+        monkeypatch.setattr(defaults, f"_{which}_speeds", speeds)
+        monkeypatch.setattr(defaults, f"_ON_{which.upper()}", {"x": ({"A": "1"}, {}), "y": ({}, {"b": 2})})
+        monkeypatch.setattr(defaults, f"_{which.upper()}_SPEEDS", names)
+        found = {figure.name: figure.values for figure in getattr(defaults, f"_on_{which}")(None)}
+        last = len(asked)
+        assert [asked[0], asked[-1]] == [({}, {})] * 2 and ({"A": "1"}, {}) in asked and ({}, {"b": 2}) in asked
+        assert found[f"over x: {names[0]}"] == ((1.0, 3.0) if which == "cpu" else (1.0, last))
+        assert found[f"over y: {names[1]}"] == (0.5, 0.5)
+        assert found[f"as it is: {names[0]}"] == ((10.0, 30.0, 50.0) if which == "cpu" else (10.0, 10.0 * last))
+
+
+def test_an_environment_is_put_back(monkeypatch):
+    monkeypatch.setenv("KNOWN", "before")
+    monkeypatch.delenv("NEW", raising=False)
+    with pytest.raises(KeyError), defaults._environment({"KNOWN": "in", "NEW": "in"}):
+        assert (os.environ["KNOWN"], os.environ["NEW"]) == ("in", "in")
+        raise KeyError
+    assert os.environ["KNOWN"] == "before" and "NEW" not in os.environ
 
 
 def test_an_engine_s_memory_that_was_asked_for_stays(started):
@@ -246,7 +310,7 @@ def test_a_short_run_prints_a_table_and_writes_a_file(tmp_path, capsys, monkeypa
     assert {figure["name"] for figure in written["figures"]} >= {
         "DSPy over plain",
         "n=8 over n=1",
-        "12 adapters mixed, speed over one after another",
+        "all adapters mixed, speed over one after another",
         "first answer, adapter on disk over in its slot",
         "stall of a stream by a call, adapter in CPU memory",
     }
@@ -272,10 +336,10 @@ def test_what_adapters_cost_on_random_weights(tmp_path, capsys):
     [point] = json.loads(file.read_text())["points"]
     assert point["adapters"] == 2
     names = [figure["name"] for figure in point["figures"]]
-    assert names[:3] == ["base model, 2 tokens an answer", "one adapter over base", "2 adapters mixed over base"]
+    assert names[:3] == ["base model, 2 tokens an answer", "one adapter over base", "all adapters mixed over base"]
     assert all(figure["median"] > 0 and figure["holds"] is None for figure in point["figures"])
     shown = capsys.readouterr().out
-    assert shown.startswith("adapters = 2\n") and "2 adapters one after another over base (x)" in shown
+    assert shown.startswith("adapters = 2\n") and "all adapters one after another over base (x)" in shown
     assert drawn.read_bytes().startswith(b"\x89PNG")
 
 

@@ -103,25 +103,26 @@ def test_points_before_a_failure_are_in_the_file(tmp_path, monkeypatch, capsys):
     assert "figures" not in written and capsys.readouterr().out == "rank = 8\nrank = 16\n"
 
 
-def test_lines_are_the_ratios_by_name_and_the_swept_number_is_no_part_of_it():
-    def point(count, value):
+def test_lines_are_the_ratios_by_name_of_the_points_that_have_them():
+    def point(value, *some):
         return [
             Figure("base", "tokens/s", (100.0,)),
             Figure("one over base", "x", (value,)),
-            Figure(f"{count} mixed over base", "x", (value / 2,)),
+            *(Figure(f"{number} mixed over base", "x", (value / 2,)) for number in some),
             Figure("one over base", "x", (value * 2,)),
         ]
 
-    found = picture.lines([point(2, 0.8), point(4, 0.4)])
-    assert {name: [each.median for each in figures] for name, figures in found.items()} == {
-        "one over base": [0.8, 0.4],
-        "N mixed over base": [0.4, 0.2],
-        "one over base'": [1.6, 0.8],
+    found = picture.lines([point(0.8), point(0.4, 4), point(0.2, 4, 16)])
+    assert {name: {place: each.median for place, each in line.items()} for name, line in found.items()} == {
+        "one over base": {0: 0.8, 1: 0.4, 2: 0.2},
+        "one over base'": {0: 1.6, 1: 0.8, 2: 0.4},
+        "4 mixed over base": {1: 0.2, 2: 0.1},
+        "16 mixed over base": {2: 0.1},
     }
 
 
 def test_a_picture_is_drawn_over_numbers_and_over_shapes(tmp_path):
-    figures = [Figure("a", "x", (0.5, 0.7, 0.6))]
+    figures, more = [Figure("a", "x", (0.5, 0.7, 0.6))], [Figure(name, "x", (0.5, 0.4)) for name in "ba"]
     for key, values in (("rank", [8, 64]), ("shape", ["tiny", "8b"])):
-        picture.draw(key, values, [figures, figures], tmp_path / f"{key}.png")
+        picture.draw(key, values, [figures, more], tmp_path / f"{key}.png")
         assert (tmp_path / f"{key}.png").read_bytes().startswith(b"\x89PNG")

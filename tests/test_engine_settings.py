@@ -124,6 +124,7 @@ def test_a_processor_that_cannot_compute_in_bfloat16_gets_float32(monkeypatch, a
         {"max_cudagraph_capture_size": 512},
         {"compilation_config": {}},
         {"enforce_eager": True},
+        {"performance_mode": "interactivity"},
         {"enable_lora": False},
     ],
     ids=str,

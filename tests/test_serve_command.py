@@ -186,7 +186,8 @@ def test_a_dry_run_prints_what_the_engine_changes_and_drops(vllm_s_arguments, ca
         (["--max-lora-r", "64", "--hf-overrides.hidden_size", "8"],
          {"max_lora_rank": 64, "hf_overrides": {"hidden_size": 8}}),
         (["--api-key", "k", "--api-server-count", "1"], {"api_server_count": 1}),
-        (["--max-loras", "12"], {"max_loras": 12}),
+        (["--max-loras", "1"], {"max_loras": 1}),  # vLLM's own default
+        (["--tool-call-parser", "hermes"], {"tool_call_parser": "hermes"}),
         ([], {}),
     ],
 )  # fmt: skip
@@ -203,9 +204,18 @@ def test_what_the_words_say_is_not_said_by_the_settings_too(tmp_path, vllm_s_arg
     assert vars(server_words._parsed(words[1:], argparse.Namespace()))["max_loras"] == 3
 
 
+def test_a_tool_parser_in_a_file_comes_before_that_of_the_settings(tmp_path, vllm_s_arguments, monkeypatch):
+    monkeypatch.setenv("DSPY_LORA_SERVING__TOOL_PARSER", "hermes")
+    file = tmp_path / "vllm.yaml"
+    file.write_text("tool-call-parser: llama3_json\n")
+    words = prepared("--config", str(file))
+    assert "--enable-auto-tool-choice" in words and "--tool-call-parser" not in words
+    assert prepared()[prepared().index("--tool-call-parser") + 1] == "hermes"
+
+
 def test_the_engine_s_arguments_follow_from_the_words():
     with mock.patch.dict(os.environ):
-        words = prepared("--max-loras", "64", "--worker-cls", "my.Worker")
+        words = prepared("--worker-cls", "my.Worker", "--max-loras", "64")
     assert words[words.index("--max-cpu-loras") + 1] == "64"  # 32 by default, and vLLM refuses fewer than max_loras
     assert words[-2:] == ["--worker-cls", "my.Worker"]
 
@@ -218,6 +228,7 @@ def test_the_engine_s_arguments_follow_from_the_words():
         (["--model", "other"], "set model to 'other', .* use --base-model MODEL before"),
         (["other"], "set model_tag to 'other', .* use --base-model MODEL before"),
         (["--served_model_name", "a", "b"], r"set served_model_name to \['a', 'b'\], .* use --base-model MODEL"),
+        (["--uds", "/tmp/a"], "set uds to '/tmp/a', .* use --host HOST and --port PORT before"),
         (["--lora-modules", "a=/b"], "set lora_modules to .*'/b'.* use `dspy-lora adapters publish`, and --domain"),
         (["--api-server-count", "0"], "--api-server-count 0: give 1 or more"),
     ],
@@ -243,6 +254,7 @@ def test_several_api_servers_are_a_matter_of_vllm_serve(
 ):
     """The module ``api_server`` takes the flag and starts one; and several load no adapter later."""
     monkeypatch.setattr(server_words, "version", lambda name: "0.32.0")
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
     words = prepared("--api-server-count", servers)
     assert words[:2] == first and words[-2:] == ["--api-server-count", servers]
     assert os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == may_load
@@ -294,6 +306,8 @@ def test_a_port_in_use_is_an_error_before_anything_starts(started):
         (("--host", "0.0.0.0"), 'LoRALM(domain="legal", api_base="http://127.0.0.1:8000/v1")'),
         (("--host", "::1"), 'LoRALM(domain="legal", api_base="http://[::1]:8000/v1")'),
         (("--", "--api-key", "k"), 'LoRALM(domain="legal", api_base="http://127.0.0.1:8000/v1", api_key=...)'),
+        (("--", "--api_k=k"), 'LoRALM(domain="legal", api_base="http://127.0.0.1:8000/v1", api_key=...)'),
+        (("--", "--ssl-certfile", "a.pem"), 'LoRALM(domain="legal", api_base="https://127.0.0.1:8000/v1")'),
     ],
 )
 def test_the_line_that_connects(words, line, monkeypatch):

@@ -3,7 +3,8 @@
 command.py    ``dspy-lora bench``: flags, the points of a sweep · report.py  the table's lines, the JSON
 sweep.py      ``--sweep rank=8,16`` · picture.py  the ratios over the swept value
 bench.py      what measurements share: LoRALMs of all adapters · figure.py  a figure and its bar
-measure.py    one function a measurement: throughput, samples, mixed, memory, endings, defaults
+measure.py    one function a measurement: throughput, samples, mixed, memory, endings
+defaults.py   the engine's defaults against other choices, on a CPU and on a GPU
 latency.py    first and further tokens, one request at a time · adapters.py  what adapters cost plain vLLM
 over_http.py  LoRALM against vLLM's server and ``dspy.LM``
 loading.py    calls of adapters that are not in the engine · stream.py  an answer whose tokens' times are kept

@@ -22,7 +22,7 @@ _LEAST_OF_PLAIN = {"": 0.95, "8b": 0.97}  # DSPy's speed over plain vLLM's, by s
 def throughput(bench: Bench) -> list[Figure]:
     """Output tokens a second of DSPy programs in threads against plain ``LLM.generate``, all adapters mixed."""
     figures, least = [], _LEAST_OF_PLAIN.get(bench.shape or "", _LEAST_OF_PLAIN[""])
-    at_once = min(bench.threads, bench.engine.get("max_num_seqs", bench.threads))
+    at_once = min(bench.threads, bench.first.engine_stats()["max_num_seqs"])
     with (
         raw_vllm(bench.settings_with({"max_num_seqs": at_once}), bench.adapters) as raw,
         dspy_settings(adapter=AnyText()),
@@ -83,9 +83,7 @@ def mixed(bench: Bench) -> list[Figure]:
                 for domain in bench.domains
             )
         )
-    return [
-        Figure(f"{len(bench.domains)} adapters mixed, speed over one after another", "x", ratios(in_turn, together))
-    ]
+    return [Figure("all adapters mixed, speed over one after another", "x", ratios(in_turn, together))]
 
 
 def engine_memory(bench: Bench) -> list[Figure]:

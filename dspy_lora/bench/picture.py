@@ -1,6 +1,5 @@
 """The ratios of a sweep as lines over the swept value."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,17 +8,16 @@ from dspy_lora.bench.figure import Figure
 from dspy_lora.errors import MissingDependencyError
 
 
-def lines(points: Sequence[Sequence[Figure]]) -> dict[str, list[Figure]]:
-    """The ratios of each point, by name. Points have the same measurements, whose names may hold the swept number."""
-    columns = zip(*([figure for figure in point if figure.unit == "x"] for point in points), strict=True)
-    found: dict[str, list[Figure]] = {}
-    for column in columns:
-        name = column[0].name
-        if any(figure.name != name for figure in column):
-            name = re.sub(r"\d+", "N", name)
-        while name in found:  # the same measurement twice, as for two lengths of answers
-            name += "'"
-        found[name] = list(column)
+def lines(points: Sequence[Sequence[Figure]]) -> dict[str, dict[int, Figure]]:
+    """The ratios by name, each with the place of its point: not all points have every one."""
+    found: dict[str, dict[int, Figure]] = {}
+    for place, point in enumerate(points):
+        for figure in point:
+            name = figure.name
+            while place in found.get(name, {}):  # the same measurement twice, as for two lengths of answers
+                name += "'"
+            if figure.unit == "x":
+                found.setdefault(name, {})[place] = figure
     return found
 
 
@@ -40,12 +38,12 @@ def draw(key: str, values: Sequence[Any], points: Sequence[Sequence[Figure]], pa
 
     picture = drawing.Figure(figsize=(8, 5), layout="constrained")
     axes = picture.add_subplot(xlabel=key, ylabel="ratio (x)")
-    places = range(len(values))  # evenly: values mostly double, and shapes are no numbers
-    for name, figures in lines(points).items():
-        (line,) = axes.plot(places, [each.median for each in figures], "o-", label=name)
+    for name, line in lines(points).items():
+        places, figures = list(line), line.values()
+        (drawn,) = axes.plot(places, [each.median for each in figures], "o-", label=name)
         least, most = [min(each.values) for each in figures], [max(each.values) for each in figures]
-        axes.fill_between(places, least, most, alpha=0.15, color=line.get_color(), linewidth=0)
-    axes.set_xticks(places, [str(value) for value in values])
+        axes.fill_between(places, least, most, alpha=0.15, color=drawn.get_color(), linewidth=0)
+    axes.set_xticks(range(len(values)), [str(value) for value in values])  # evenly: they double, or are no numbers
     axes.axhline(1.0, color="grey", linewidth=0.8)
     picture.legend(loc="outside lower center", fontsize=8, frameon=False)
     picture.savefig(path, dpi=120)

@@ -8,6 +8,7 @@ arguments.py  what vLLM is started with · grammar.py  JSON schemas with bounded
 translate.py  ``dspy.lm15`` requests and responses to and from messages
 remote.py     servers that speak the OpenAI API instead of a child process · routes.py  models chosen by request
 settings.py   what an engine is started with · openai_server.py  vLLM's own server, started with the same settings
+server_words.py  what a user's words for that server say
 failures.py   what to tell a user whose engine did not come up, or died
 processes.py  ending an engine with everything that belongs to it
 parsers.py    vLLM's reasoning and tool parsers · cpu_lora.py  LoRA on the CPU

@@ -10,9 +10,15 @@ from dspy_lora.engine import gpu_tuned
 from dspy_lora.engine.settings import check_engine_args
 
 _LORAS_IN_MEMORY = 32  # 2.7 GB for rank 16 of Llama 3 8B; they are read once instead of at every swap
-# Tokens of the batches that have a CUDA graph: vLLM's, which end at 512, and on to 2,048.
+# Tokens of the batches that have a CUDA graph: those of vLLM 0.26, which end at 512, and on to 2,048.
 _GRAPHS = [1, 2, 4, *range(8, 256, 8), *range(256, 512, 16), *range(512, 2049, 128)]
-_ON_GRAPHS = {"cudagraph_capture_sizes", "max_cudagraph_capture_size", "compilation_config", "enforce_eager"}
+_ON_GRAPHS = {  # the user's words about graphs
+    "cudagraph_capture_sizes",
+    "max_cudagraph_capture_size",
+    "compilation_config",
+    "enforce_eager",
+    "performance_mode",
+}
 _GROUPED_LORA_VLLM = "0.32."  # the versions that cpu_lora.py was tested with
 
 
@@ -62,7 +68,8 @@ def _cuda_args(given: dict[str, Any]) -> dict[str, Any]:
     A prompt that is longer than every graph runs from Python, where a layer's eight LoRA kernels take longer to launch
     than to run: 58 and 72 ms until the first token of a lone prompt of 512 tokens, and 24 to 27 with these graphs, for
     two seconds more at the start (Llama 3 8B's shape, H200). Graphs for each number of active adapters
-    (``specialize_active_lora``) changed nothing there. ``dspy-lora bench --only defaults`` measures both.
+    (``specialize_active_lora``) changed nothing there. As ``dspy-lora bench --shape 8b --only defaults --words 350``
+    measures both.
 
     Args:
         given: The user's.

@@ -302,6 +302,7 @@ def _start(settings: dict[str, Any], stats: Statistics) -> "tuple[AsyncLLM, dict
     room = {key: args[key] if args["enable_lora"] else 0 for key in ("max_loras", "max_lora_rank", "max_cpu_loras")}
     info = room | {
         "max_model_len": engine.model_config.max_model_len,
+        "max_num_seqs": engine.vllm_config.scheduler_config.max_num_seqs,
         "loads_aside": args["enable_lora"] and args.get("worker_cls", "").startswith("dspy_lora."),
         "vllm": vllm.__version__,
         "device": current_platform.device_type,

@@ -95,7 +95,9 @@ def prepare(given: dict[str, Any]) -> list[str]:
     api_servers = said.pop(server_words.API_SERVERS, 1)
     if api_servers > 1:
         print("note: with several API servers vLLM loads no adapter after its start", file=sys.stderr)
-    os.environ.setdefault(_MAY_LOAD, "1" if api_servers == 1 else "0")  # with 1 it refuses to start several
+        os.environ[_MAY_LOAD] = "0"  # whatever the user set: with 1 it refuses to start them
+    os.environ.setdefault(_MAY_LOAD, "1")
+    parser_said = said.pop(server_words.TOOL_PARSER, None)
     base, parser = given["settings"]["base"], given["settings"]["tool_parser"]
     words = ["--host", given["host"], "--port", str(given["port"]), "--served-model-name", base["name"]]
     args = _DEFAULTS | engine_args(given["settings"], said)
@@ -104,7 +106,7 @@ def prepare(given: dict[str, Any]) -> list[str]:
         del args["disable_log_stats"]
     words += _flags({name: value for name, value in args.items() if name not in said})
     if parser:
-        words += ["--enable-auto-tool-choice", "--tool-call-parser", parser]
+        words += ["--enable-auto-tool-choice", *([] if parser_said else ["--tool-call-parser", parser])]
     if given["adapters"]:
         modules = (adapter | {"base_model_name": base["name"]} for adapter in given["adapters"])
         words += ["--lora-modules", *map(json.dumps, modules)]

@@ -13,10 +13,11 @@ from typing import Any
 from dspy_lora.engine.arguments import set_environment
 from dspy_lora.errors import ConfigError
 
-API_SERVERS = "api_server_count"
+API_SERVERS, TOOL_PARSER = "api_server_count", "tool_call_parser"  # arguments of the server that prepare() reads
 _INSTEAD = {
     "host": "--host HOST",
     "port": "--port PORT",
+    "uds": "--host HOST and --port PORT",
     "model": "--base-model MODEL",
     "model_tag": "--base-model MODEL",
     "served_model_name": "--base-model MODEL",
@@ -32,7 +33,7 @@ def read(words: Sequence[str]) -> dict[str, Any]:
         words: As on the command line of ``vllm serve``.
 
     Returns:
-        By vLLM's names: arguments of its engine, as its parser makes them, and ``api_server_count``.
+        By vLLM's names: arguments of its engine, as its parser makes them, ``API_SERVERS`` and ``TOOL_PARSER``.
 
     Raises:
         ConfigError: A word for what `dspy-lora serve` has an option for, or a number of API servers that cannot be.
@@ -43,7 +44,7 @@ def read(words: Sequence[str]) -> dict[str, Any]:
     set_environment()
     import vllm
 
-    kept = {field.name for field in dataclasses.fields(vllm.AsyncEngineArgs)} | {API_SERVERS}
+    kept = {field.name for field in dataclasses.fields(vllm.AsyncEngineArgs)} | {API_SERVERS, TOOL_PARSER}
     unsaid = argparse.Namespace(**dict.fromkeys(kept | _INSTEAD.keys(), _UNSAID))
     found = {name: value for name, value in vars(_parsed(words, unsaid)).items() if value is not _UNSAID}
     for name, instead in _INSTEAD.items():
