@@ -128,3 +128,22 @@ def make_thinker(thinking_base):
 
     yield make
     make().kill()
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory):
+    """A random Llama of one layer with the seedling's tokenizer, for what trains an adapter whatever it learns."""
+    import torch
+    from transformers import AutoConfig, LlamaForCausalLM
+
+    from dspy_lora.adapters.base import SEEDLING_FOLDER
+
+    folder = tmp_path_factory.mktemp("base")
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(SEEDLING_FOLDER / file, folder)
+    config = AutoConfig.from_pretrained(SEEDLING_FOLDER)
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16}
+    config.update(small | {"num_attention_heads": 2, "num_key_value_heads": 1})
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder

@@ -474,7 +474,7 @@ def test_progress_is_two_lines_in_a_file_and_ends_its_line_where_a_start_fails(m
 
 
 @pytest.mark.parametrize("closed", [False, True])
-def test_progress_does_without_a_standard_error(monkeypatch, closed):
+def test_progress_does_without_a_standard_error(monkeypatch, capfd, closed):
     screen = io.StringIO()
     screen.close()
     monkeypatch.setattr("sys.stderr", screen if closed else None)
@@ -482,6 +482,7 @@ def test_progress_does_without_a_standard_error(monkeypatch, closed):
     progress.tick()
     progress.done(INFO)
     progress.stop()
+    assert capfd.readouterr() == ("", "")  # nor does it go elsewhere
 
 
 # -- words -------------------------------------------------------------------------------------------------------------

@@ -290,10 +290,12 @@ def test_a_program_that_is_stopped_while_its_engine_starts_leaves_nothing(run, s
     program.expect("CALLING")
     until(lambda: len(program.hosts()) >= 1, START_S, program.said)
     time.sleep(2)
+    assert "BACK" not in program.lines(), program.said()
     program.process.send_signal(sent)
     if sent == signal.SIGINT:
         program.expect("BACK", BACK_S)
     program.leaves_nothing(GONE_S)
+    assert program.process.returncode == -sent, program.said()
 
 
 NOTEBOOK = """

@@ -23,7 +23,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dspy_lora import LoRALM
-from dspy_lora.adapters.base import SEEDLING_FOLDER
 from dspy_lora.engine import client, local
 from dspy_lora.errors import AdapterError, ConfigError, DataError, TrainingError
 from dspy_lora.training import jobs
@@ -53,38 +52,21 @@ def chats(count=10, task="Name the animal."):
     ]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A random Llama of one layer with the seedling's tokenizer."""
-    import torch
-    from transformers import AutoConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("base")
-    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(SEEDLING_FOLDER / file, folder)
-    config = AutoConfig.from_pretrained(SEEDLING_FOLDER)
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16}
-    config.update(small | {"num_attention_heads": 2, "num_key_value_heads": 1})
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def lm(base, tmp_path, monkeypatch):
+def lm(tiny_base, tmp_path, monkeypatch):
     monkeypatch.setenv("DSPY_FINETUNEDIR", str(tmp_path / "runs"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    return LoRALM(str(base), registry=tmp_path / "adapters", cache=False)
+    return LoRALM(str(tiny_base), registry=tmp_path / "adapters", cache=False)
 
 
 @pytest.fixture(scope="module")
-def trained(base, tmp_path_factory):
+def trained(tiny_base, tmp_path_factory):
     """One real run: the LM it began with, its job, what that said meanwhile, and the LM it came to."""
     root = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DSPY_FINETUNEDIR", str(root / "runs"))
         patch.setenv("OMP_NUM_THREADS", "1")
-        first = LoRALM(str(base), registry=root / "adapters", cache=False)
+        first = LoRALM(str(tiny_base), registry=root / "adapters", cache=False)
         job = first.finetune(chats(), CHAT, SMALL)
         states = set()
         while not job.done():
@@ -130,7 +112,7 @@ def test_a_job_trains_in_a_process_of_its_own_and_publishes_an_unmerged_adapter_
     assert "base model" in (job.folder / jobs.LOG_FILE).read_text()
 
 
-def test_a_run_goes_on_from_the_weights_of_its_parent(trained, base, tmp_path):
+def test_a_run_goes_on_from_the_weights_of_its_parent(trained, tiny_base, tmp_path):
     from safetensors.torch import load_file
 
     parent = trained[3].adapter.path
@@ -138,7 +120,7 @@ def test_a_run_goes_on_from_the_weights_of_its_parent(trained, base, tmp_path):
     rows.write_text("".join(json.dumps(row) + "\n" for row in chat_rows(chats(4))))
     still = SMALL | {"max_steps": 1, "eval_every": 1, "learning_rate": 1e-9}
     run = train(
-        ChatConfig(train=rows, output_dir=tmp_path / "run", base=str(base), parent=parent, **still), resume=True
+        ChatConfig(train=rows, output_dir=tmp_path / "run", base=str(tiny_base), parent=parent, **still), resume=True
     )
     before, after = (load_file(folder / "adapter_model.safetensors") for folder in (parent, run / "adapter"))
     assert all((before[name] - after[name]).abs().max() < 1e-4 for name in before)
@@ -363,9 +345,9 @@ def test_the_engine_steps_aside_where_it_holds_the_memory_that_training_needs(lm
     assert len(calls) == closed
 
 
-def test_a_servers_lm_is_trained_here(base, tmp_path, pretend, monkeypatch):
+def test_a_servers_lm_is_trained_here(tiny_base, tmp_path, pretend, monkeypatch):
     monkeypatch.setenv("DSPY_FINETUNEDIR", str(tmp_path / "runs"))
-    lm = LoRALM(str(base), registry=tmp_path / "adapters", api_base="http://localhost:1/v1", api_key="k")
+    lm = LoRALM(str(tiny_base), registry=tmp_path / "adapters", api_base="http://localhost:1/v1", api_key="k")
     tuned = lm.finetune(chats(), CHAT, {"adapter": "mine"}).result()
     assert tuned.model == f"{lm.model}/{tuned.adapter.ref}"
 

@@ -32,28 +32,6 @@ ANSWER = "[[ ## label ## ]]\n{}\n\n[[ ## completed ## ]]"
 TRAIN = [dspy.Example(text=text, label="dog").with_inputs("text") for text in ("It barks.", "It bites.")]
 
 
-TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A Llama of 1 layer with a tokenizer of bytes."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("base")
-    letters = ["<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    bytes_alone = Tokenizer(models.BPE({token: place for place, token in enumerate(letters)}, []))
-    bytes_alone.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytes_alone.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_alone, eos_token="<end>", pad_token="<end>")
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), eos_token_id=0, **sizes)).save_pretrained(folder)
-    return str(folder)
-
-
 class InProcess:
     """The trainer without its process: the same server, asked directly."""
 
@@ -100,9 +78,9 @@ def asked(monkeypatch):
 
 
 @pytest.fixture
-def lm(base, tmp_path, asked, monkeypatch):
+def lm(tiny_base, tmp_path, asked, monkeypatch):
     monkeypatch.setenv("DSPY_FINETUNEDIR", str(tmp_path / "runs"))
-    return LoRALM(base, registry=tmp_path / "adapters", temperature=1.0, max_tokens=64)
+    return LoRALM(str(tiny_base), registry=tmp_path / "adapters", temperature=1.0, max_tokens=64)
 
 
 @pytest.fixture
