@@ -1,6 +1,7 @@
 """LoRA's Triton kernels against plain arithmetic: here in Triton's interpreter, on a GPU beside vLLM's own."""
 
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -182,6 +183,21 @@ def test_a_tuned_setting_is_read_from_arguments_that_have_to_be_there(gpu_lora, 
 
 def test_workers_say_whose_settings_they_take(gpu_lora):
     assert (gpu_lora.TiledGPUWorker.tuned, gpu_lora.TunedGPUWorker.tuned) == (False, True)
+
+
+@pytest.mark.parametrize(("most", "sizes"), [(10, [1, 2, 4, 8, 10]), (8, [1, 2, 4, 8]), (1, [1])])
+def test_a_worker_runs_a_batch_of_every_size_before_vllm_warms_up(gpu_lora, most, sizes, monkeypatch):
+    ran = []
+    monkeypatch.setattr(gpu_lora.Worker, "compile_or_warm_up_model", lambda self: ran.append("vLLM's"))
+    worker = object.__new__(gpu_lora.TiledGPUWorker)
+    worker.model_runner = SimpleNamespace(
+        max_num_tokens=most, _dummy_run=lambda tokens, num_active_loras, **_: ran.append((tokens, num_active_loras))
+    )
+    worker.lora_config = SimpleNamespace(max_loras=3)
+    worker.compile_or_warm_up_model()
+    worker.lora_config = None  # an engine without LoRA
+    worker.compile_or_warm_up_model()
+    assert ran == [*((size, 3) for size in sizes), "vLLM's", "vLLM's"]
 
 
 def test_a_tuned_tile_computes_the_same(gpu_lora, device):

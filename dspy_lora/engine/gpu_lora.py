@@ -45,11 +45,10 @@ class TiledGPUWorker(LoadsAside, Worker):
 
         vLLM runs none of adapters but those of its graphs, so that the first long prompts would wait for a compiler.
         """
-        most = self.model_runner.max_num_tokens if self.lora_config else 0
-        for tokens in [*(2**power for power in range(most.bit_length()) if 2**power < most), *([most] if most else [])]:
-            self.model_runner._dummy_run(
-                tokens, skip_eplb=True, remove_lora=False, num_active_loras=self.lora_config.max_loras
-            )
+        if self.lora_config:
+            most, adapters = self.model_runner.max_num_tokens, self.lora_config.max_loras
+            for tokens in [*(2**power for power in range((most - 1).bit_length())), most]:
+                self.model_runner._dummy_run(tokens, skip_eplb=True, remove_lora=False, num_active_loras=adapters)
         return super().compile_or_warm_up_model()
 
 

@@ -93,9 +93,9 @@ class Ready(msgspec.Struct, tag=True):
     """The engine is up.
 
     Attributes:
-        info: ``max_model_len``, ``max_loras``, ``max_lora_rank`` and ``max_cpu_loras`` (0 in an engine without LoRA),
-            ``loads_aside`` (whether the workers read adapters beside the running requests), ``vllm`` (version),
-            ``device``.
+        info: ``max_model_len``, ``max_num_seqs``, ``max_loras``, ``max_lora_rank`` and ``max_cpu_loras`` (0 in an
+            engine without LoRA), ``loads_aside`` (whether the workers read adapters beside the running requests),
+            ``vllm`` (version), ``device``.
     """
 
     info: dict[str, Any]
