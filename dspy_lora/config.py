@@ -91,6 +91,8 @@ class TrainingSection(_Section):
     max_steps: Positive
     max_length: Positive
     neftune_noise_alpha: Annotated[Number, Field(gt=0)] | None
+    prompt_loss_weight: Annotated[Number, Field(ge=0, le=1)]
+    noisy_copies: Annotated[Whole, Field(ge=0)]
     patience: Positive | None
     seed: Annotated[Whole, Field(ge=0)]
 

@@ -147,21 +147,23 @@ def started(monkeypatch):
     return found
 
 
-def _bench(shape, engine=None, names=None):
-    return Bench("seedling", engine or {}, 24, 1, 1, names=names, shape=shape, beneath={"gpu_memory_utilization": 0.45})
+def _bench(shape, engine=None, names=None, rank=16):
+    beneath = {"gpu_memory_utilization": 0.45, "max_lora_rank": rank}
+    return Bench("seedling", engine or {}, 24, 1, 1, names=names, shape=shape, beneath=beneath)
 
 
 @pytest.mark.parametrize(
-    ("measured", "shape", "count", "bars"),
+    ("measured", "shape", "count", "rank", "bars"),
     [
-        (adapters.adapters, "8b", 12, {"one adapter over base": 0.90, "all adapters mixed over base": 0.88}),
-        (adapters.adapters, "8b", 3, {}),
-        (adapters.adapters, "4b", 12, {}),
-        (adapters.vllm_lora, "8b", 12, {}),
+        (adapters.adapters, "8b", 12, 16, {"one adapter over base": 0.90, "all adapters mixed over base": 0.88}),
+        (adapters.adapters, "8b", 3, 16, {}),
+        (adapters.adapters, "8b", 12, 64, {}),
+        (adapters.adapters, "4b", 12, 16, {}),
+        (adapters.vllm_lora, "8b", 12, 16, {}),
     ],
 )
-def test_adapters_have_bars_for_the_large_shape_on_a_gpu(measured, shape, count, bars, started):
-    figures = measured(_bench(shape, names=workload.adapter_names(count)))
+def test_adapters_have_bars_for_the_large_shape_on_a_gpu(measured, shape, count, rank, bars, started):
+    figures = measured(_bench(shape, names=workload.adapter_names(count), rank=rank))
     assert {figure.name: figure.least for figure in figures if figure.least} == bars
     assert ("worker_cls" in started[0]) == (measured is adapters.vllm_lora)
 

@@ -60,6 +60,30 @@ def start(monkeypatch, tmp_path, capfd):
     os.environ.pop(FOLDER, None)
 
 
+def dense(kind, hidden, heads, keys, head, inner):
+    sizes = {"hidden_size": hidden, "num_attention_heads": heads, "num_key_value_heads": keys, "head_dim": head}
+    return {"model_type": kind, "intermediate_size": inner} | sizes
+
+
+@pytest.mark.parametrize("rank", [8, 16, 32, 64])
+@pytest.mark.parametrize(
+    "config",
+    [
+        dense("llama", 4096, 32, 8, 128, 14336),  # 3.1 8B
+        dense("llama", 3072, 24, 8, 128, 8192),  # 3.2 3B
+        dense("llama", 2048, 32, 8, 64, 8192),  # 3.2 1B
+        dense("qwen3", 4096, 32, 8, 128, 12288),  # 8B
+        dense("qwen3", 2560, 32, 8, 128, 9728),  # 4B
+        dense("qwen3", 2048, 16, 8, 128, 6144),  # 1.7B
+        QWEN3_06B,
+    ],
+    ids=lambda config: f"{config['model_type']}-{config['hidden_size']}-{config['intermediate_size']}",
+)
+def test_what_ships_for_an_h200_has_the_usual_small_models(config, rank):
+    folder = gpu_tuned.SHIPPED / "NVIDIA_H200"
+    assert gpu_tuned.find(folder, "NVIDIA H200", "0.26.0", products(config), rank, 12) == folder
+
+
 def test_a_shipped_folder_is_found_by_the_gpu_s_name(start, tmp_path):
     folder = tune(tmp_path / "shipped" / STEM)
     assert start() == ("TunedGPUWorker", str(folder), [f"LoRA tiles from {folder}, tuned for {GPU}, vLLM {VLLM}"])

@@ -607,6 +607,46 @@ def test_a_run_out_of_patience_stops(base: Path, tmp_path: Path, monkeypatch: py
 # Variants
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_prompts_count_in_the_loss_by_their_weight(base: Path, tokenizer: Any, tmp_path: Path, weight: float) -> None:
+    from transformers import AutoModelForCausalLM
+
+    rows = make_rows(8)
+    config = settings(
+        base, tmp_path, train=rows, dev=rows, max_steps=1, eval_every=1, lora_dropout=0, dtype="float32",
+        learning_rate=1e-30, prompt_loss_weight=weight, quiet=True,
+    )  # fmt: skip
+    train(config)
+    step, validation, *_ = read_metrics(config)
+    tokens, _ = data.tokenize(tokenizer, data.render(SIGNATURE, rows), 512)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    prompts, answers, count = 0.0, 0.0, 0
+    for row in tokens:  # one by one: without padding
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"][1:])
+        with torch.no_grad():
+            losses = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
+        prompts += float(losses[labels == -100].sum())
+        answers += float(losses[labels != -100].sum())
+        count += int((labels != -100).sum())
+    assert step["loss"] == pytest.approx((answers + weight * prompts) / count, rel=1e-3)
+    assert validation["eval_loss"] == pytest.approx(answers / count, rel=1e-3)
+
+
+def test_noisy_copies_are_made_of_rows_to_train_on_alone(base: Path, tmp_path: Path) -> None:
+    rows = [{"text": "A dog barks.", "label": f"{number}"} for number in range(40)]
+    configs = (settings(base, tmp_path, train=rows, dev=None, noisy_copies=copies) for copies in (0, 2))
+    plain, noisy = map(sft.load_rows, configs)
+    assert noisy.dev == plain.dev
+    assert len(noisy.train) == 3 * len(plain.train)
+    assert {row["label"] for row in noisy.train} == {row["label"] for row in plain.train}
+
+
+def test_noisy_copies_need_a_text(base: Path, tmp_path: Path) -> None:
+    numbers = {"signature": dspy.Signature("count: int -> label"), "train": [{"count": 1, "label": "dog"}] * 20}
+    with pytest.raises(ConfigError, match="noisy_copies = 2: 'count -> label' has no input text"):
+        train(settings(base, tmp_path, noisy_copies=2, **numbers))
+
+
 def test_over_a_4_bit_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     from dspy_lora.adapters.registry import AdapterRegistry
@@ -822,13 +862,18 @@ def test_the_best_run_of_a_sweep_is_published(
 
 def test_settings_of_the_file_and_switches_reach_a_run(data_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "lora_config.yaml"
-    file.write_text("qlora: {enabled: true, bnb_4bit_compute_dtype: float32}\nlora: {use_rslora: false}\n")
+    file.write_text(
+        "qlora: {enabled: true, bnb_4bit_compute_dtype: float32}\nlora: {use_rslora: false}\n"
+        "training: {prompt_loss_weight: 0.1}\n"
+    )
     flags = ["--domain", "legal", "--data", str(data_folder / "legal/cuad")]
     config = command.plan(parse(*flags), load_config(file), "legal")
     assert (config.qlora, config.bnb_4bit_compute_dtype, config.use_rslora) == (True, "float32", False)
-    args = parse(*flags, "--no-qlora", "--use-rslora", "--patience", "3", "--report-to", "mlflow")
+    switches = ["--no-qlora", "--use-rslora", "--patience", "3", "--report-to", "mlflow", "--noisy-copies", "2"]
+    args = parse(*flags, *switches)
     config = command.plan(args, load_config(file), "legal")
     assert (config.qlora, config.use_rslora, config.patience, config.report_to) == (False, True, 3, ("mlflow",))
+    assert (config.noisy_copies, config.prompt_loss_weight) == (2, 0.1)
 
 
 @pytest.mark.parametrize(

@@ -348,12 +348,12 @@ def vllm_reads(monkeypatch):
 
 
 def test_vllm_reads_back_what_was_written(tmp_path, vllm_reads):
-    outcomes = outcomes_for(LLAMA_3_8B) + outcomes_for(LLAMA_3_8B, rank=64)
-    small = outcomes_for(QWEN3_06B)
-    files.save(tmp_path, GPU, "0.32.0", "llama", outcomes)
+    low, high, small = outcomes_for(LLAMA_3_8B), outcomes_for(LLAMA_3_8B, rank=64), outcomes_for(QWEN3_06B)
+    files.save(tmp_path, GPU, "0.32.0", "llama", low)
+    files.save(tmp_path, GPU, "0.32.0", "llama", high)
     files.save(tmp_path, GPU, "0.32.0", "qwen", small)
     vllm_reads(tmp_path)
-    for outcome in outcomes + small:
+    for outcome in low + high + small:
         for add_inputs in (True, False) if outcome.problem.product.op == "expand" else (None,):
             assert looked_up(outcome.problem, add_inputs) == outcome.setting.as_vllm()
     assert sorted(path.name for path in tmp_path.iterdir()) == [

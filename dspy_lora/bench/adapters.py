@@ -9,14 +9,15 @@ from dspy_lora.bench.figure import Figure, ratios
 from dspy_lora.bench.servers import Batch, RawVLLM, raw_vllm
 
 _LEAST = {"one adapter": 0.90, "all adapters mixed": 0.88}  # of the base model's speed on a GPU, for this workload:
-_SHAPE, _COUNT = "8b", 12
+_WORKLOAD = ("8b", 12, 16)  # shape, adapters and their rank
 _BASE = "base model"
 _SOME = (4, 16)  # adapters in a batch of an engine that has more
 
 
 def adapters(bench: Bench) -> list[Figure]:
     """Tokens a second with adapters and without."""
-    return _measure(bench, {}, "", _LEAST if (bench.shape, len(bench.domains)) == (_SHAPE, _COUNT) else {})
+    workload = (bench.shape, len(bench.domains), bench.engine.get("max_lora_rank"))
+    return _measure(bench, {}, "", _LEAST if workload == _WORKLOAD else {})
 
 
 def vllm_lora(bench: Bench) -> list[Figure]:

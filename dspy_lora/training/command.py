@@ -33,6 +33,8 @@ _SETTINGS: dict[str, tuple[type, str]] = {
     "eval_every": (int, "steps between validations, each with a checkpoint (default: a tenth of all)"),
     "eval_rows": (int, "validation rows that are answered (default: 200)"),
     "neftune_noise_alpha": (float, "noise on the embeddings while training (default: none)"),
+    "prompt_loss_weight": (float, "weight of a prompt's token in the loss, an answer's having 1 (default: 0)"),
+    "noisy_copies": (int, "noisy copies of each row to train on too (default: 0)"),
     "patience": (int, "validations without a lower loss after which a run stops (default: it never does)"),
     "seed": (int, "random seed"),
 }
@@ -161,7 +163,7 @@ def configured(config: Config, domain: DomainConfig) -> dict[str, Any]:
     lora = config.lora.model_dump(include={"lora_dropout", "target_modules", "use_rslora", "use_dora"})
     qlora = config.qlora.model_dump(exclude={"enabled"}) | {"qlora": config.qlora.enabled}
     names = {"optim", "lr_scheduler_type", "warmup_ratio", "gradient_checkpointing", "max_length", "seed"}
-    names |= {"neftune_noise_alpha", "patience"}
+    names |= {"neftune_noise_alpha", "prompt_loss_weight", "noisy_copies", "patience"}
     training = config.training
     return (
         lora

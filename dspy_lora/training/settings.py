@@ -39,6 +39,10 @@ class TrainConfig(pydantic.BaseModel):
         warmup_ratio: Share of the steps over which the learning rate rises.
         neftune_noise_alpha: Size of the uniform noise on the embeddings while training (NEFTune, Jain et al. 2023,
             arXiv 2310.05914); None adds none.
+        prompt_loss_weight: Weight of a prompt's token in the training loss, a completion's having 1 (Shi et al. 2024,
+            arXiv 2405.14394, train on both alike); 0 leaves prompts out. Helps where rows are few and answers short.
+        noisy_copies: Noisy copies of each training row to train on beside it, for tasks whose answer does not hang on
+            single words of the input (training/noise.py).
         dtype: Number format of the base while training; "auto" is bfloat16 on a GPU that has it, else float32. LoRA
             weights are float32 in any case.
         max_length: Longest row in tokens; longer ones are left out and counted. The base's own limit comes first.
@@ -86,6 +90,8 @@ class TrainConfig(pydantic.BaseModel):
     gradient_checkpointing: bool = True
     torch_compile: bool = False
     neftune_noise_alpha: float | None = pydantic.Field(default=None, gt=0)
+    prompt_loss_weight: float = pydantic.Field(default=0.0, ge=0, le=1)
+    noisy_copies: int = pydantic.Field(default=0, ge=0)
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     max_length: int = pydantic.Field(default=1024, gt=1)
     seed: int = pydantic.Field(default=0, ge=0)

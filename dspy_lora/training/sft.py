@@ -1,5 +1,6 @@
-"""Supervised training of one LoRA adapter, or of a whole copy: TRL's SFTTrainer, the loss on the completion alone."""
+"""Supervised training of one LoRA adapter, or of a whole copy, with TRL's SFTTrainer."""
 
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from dspy_lora.training.data import Row
 from dspy_lora.training.failures import explained
 from dspy_lora.training.full import MODEL_FOLDER, parameters, save_model
 from dspy_lora.training.loading import kind, load_base, lora_config, require_packages
+from dspy_lora.training.noise import with_noisy_copies
 from dspy_lora.training.order import row_order
 from dspy_lora.training.picture import draw_losses
 from dspy_lora.training.publishing import publish_run, save_adapter
@@ -118,17 +120,27 @@ def _run(config: TrainConfig, base: Base, rows: Rows, run: Run, start: Path | No
 
 
 def load_rows(config: TrainConfig) -> Rows:
-    """Reads a run's rows; without validation rows a part of the training rows is held out.
+    """Reads a run's rows; without validation rows a part of the training rows is held out, before copies are made.
 
     Raises:
+        ConfigError: Noisy copies of rows that have no text.
         DataError: Rows that are malformed, or none.
     """
     rows = _read(config, config.train, "train on")
     hashes = {"train": data.sha256(config.train)}
     if config.dev is None:
-        return Rows(*data.hold_out(rows, config.seed), hashes)
-    dev = _read(config, config.dev, "validate on")
-    return Rows(rows, dev, hashes | {"dev": data.sha256(config.dev)})
+        rows, dev = data.hold_out(rows, config.seed)
+    else:
+        dev = _read(config, config.dev, "validate on")
+        hashes["dev"] = data.sha256(config.dev)
+    return Rows(_with_copies(config, rows), dev, hashes)
+
+
+def _with_copies(config: TrainConfig, rows: list[Row]) -> list[Row]:
+    texts = [name for name, field in config.signature.input_fields.items() if field.annotation is str]
+    if config.noisy_copies and not texts:
+        raise ConfigError(f"noisy_copies = {config.noisy_copies}: {config.signature.signature!r} has no input text.")
+    return with_noisy_copies(rows, texts, config.noisy_copies, config.seed)
 
 
 def _read(config: TrainConfig, source: Path | list[Row], purpose: str) -> list[Row]:
@@ -167,14 +179,13 @@ def _trainer(
 ) -> Any:
     from datasets import Dataset
     from transformers import PrinterCallback
-    from trl import SFTTrainer
 
     from dspy_lora.training.watch import Watch
 
     args = _arguments(config, model, len(sets["train"]))
     rows_a_step = args.train_batch_size * args.gradient_accumulation_steps
     order = row_order([row["length"] for row in sets["train"]], rows_a_step, args.max_steps, config.seed)
-    trainer = SFTTrainer(
+    trainer = _kind_of_trainer(config)(
         model=model,
         args=args,
         train_dataset=Dataset.from_list(sets["train"]).select(order),
@@ -189,6 +200,16 @@ def _trainer(
     for weight in (weight for weight in trainer.model.parameters() if weight.requires_grad):
         weight.data = weight.data.float()  # over a 4-bit base TRL makes them bfloat16, too coarse for small steps
     return trainer
+
+
+def _kind_of_trainer(config: TrainConfig) -> Any:
+    if config.prompt_loss_weight:
+        from dspy_lora.training.prompt_loss import PromptLossTrainer
+
+        return functools.partial(PromptLossTrainer, config.prompt_loss_weight)
+    from trl import SFTTrainer
+
+    return SFTTrainer
 
 
 def _keep_tensorboard(trainer: Any, folder: Path) -> None:

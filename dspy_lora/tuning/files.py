@@ -48,7 +48,8 @@ def save(folder: Path, gpu: str, vllm: str, model: str, outcomes: Iterable[Outco
     require_same(folder, gpu, vllm)
     found = list(outcomes)
     record = read(folder / RECORD) | conditions(gpu, vllm) | {"dspy_lora": __version__}
-    record.setdefault("models", {})[model] = _record(found)
+    models = record.setdefault("models", {})
+    models[model] = _record(found, models.get(model, {}))
     texts = {RECORD: json.dumps(record, indent=2) + "\n"}
     ops: tuple[Op, ...] = ("shrink", "expand")
     for op in ops:
@@ -71,11 +72,13 @@ def _merged(data: dict[str, Any], outcomes: list[Outcome]) -> dict[str, Any]:
     return data
 
 
-def _record(outcomes: list[Outcome]) -> dict[str, Any]:
+def _record(outcomes: list[Outcome], before: dict[str, Any]) -> dict[str, Any]:
+    """What a model is tuned for, by earlier runs too."""
     problems = [outcome.problem for outcome in outcomes]
-    return {
-        "products": sorted({str(problem.product) for problem in problems}),
-        "ranks": sorted({problem.rank for problem in problems}),
-        "max_loras": sorted({problem.max_loras for problem in problems}),
-        "tokens": sorted({problem.tokens for problem in problems}),
+    tuned: dict[str, set[Any]] = {
+        "products": {str(problem.product) for problem in problems},
+        "ranks": {problem.rank for problem in problems},
+        "max_loras": {problem.max_loras for problem in problems},
+        "tokens": {problem.tokens for problem in problems},
     }
+    return {name: sorted(values | set(before.get(name, ()))) for name, values in tuned.items()}

@@ -1,0 +1,50 @@
+"""Noisy copies of the training rows: for few rows, cheap stand-ins for more of them."""
+
+import random
+from collections.abc import Sequence
+
+from dspy_lora.training.rendering import Row
+
+_CUT, _LEAST_CUT, _KEPT = 0.6, 12, (0.6, 0.95)  # share of texts that are cut, those of more words, and what stays
+_DROPPED = (0.05, 0.1, 0.2)  # shares of the words that go, as in EDA; one for each text
+_SWAPPED = 0.05  # swaps a word
+
+
+def with_noisy_copies(rows: Sequence[Row], fields: Sequence[str], copies: int, seed: int) -> list[Row]:
+    """Adds noisy copies of every row, and shuffles.
+
+    A copy is a stretch of the text without some of its words and with others swapped: random deletion and swap of EDA
+    (Wei & Zou 2019, arXiv 1901.11196), after a cut at both ends. Its outputs stay, so it is for tasks whose answer does
+    not hang on single words, such as classification.
+
+    Args:
+        rows: The rows to train on.
+        fields: Their input texts.
+        copies: Copies of each row; with 0 the rows come back as they are.
+        seed: Decides the noise and the order.
+
+    Returns:
+        ``(1 + copies) * len(rows)`` rows.
+    """
+    if not copies:
+        return list(rows)
+    rng = random.Random(seed)
+    every = list(rows)
+    for _ in range(copies):
+        every += [row | {name: _noisy(str(row[name]), rng) for name in fields} for row in rows]
+    rng.shuffle(every)
+    return every
+
+
+def _noisy(text: str, rng: random.Random) -> str:
+    words = text.split()
+    if len(words) > _LEAST_CUT and rng.random() < _CUT:
+        kept = int(len(words) * rng.uniform(*_KEPT))
+        start = rng.randrange(len(words) - kept + 1)
+        words = words[start : start + kept]
+    share = rng.choice(_DROPPED)
+    words = [word for word in words if rng.random() > share] or words
+    for _ in range(int(len(words) * _SWAPPED)):
+        one, other = rng.randrange(len(words)), rng.randrange(len(words))
+        words[one], words[other] = words[other], words[one]
+    return " ".join(words)

@@ -1,0 +1,38 @@
+"""TRL's SFTTrainer with the prompt's tokens in the loss too.
+
+Imported only where a trainer is made, since its class needs trl at import.
+"""
+
+from typing import Any
+
+import torch
+from trl import SFTTrainer
+
+
+class PromptLossTrainer(SFTTrainer):
+    """Learns the prompt beside the completion, as a language model.
+
+    Args:
+        prompt_loss_weight: Weight of a prompt's token in the training loss, a completion's having 1; validation losses
+            stay those of completions.
+        **arguments: TRL's own.
+    """
+
+    def __init__(self, prompt_loss_weight: float, **arguments: Any) -> None:
+        self._weight = prompt_loss_weight
+        super().__init__(**arguments)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Sums the weighted losses of a batch's tokens, and divides by how many of them are completions'."""
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs["labels"]
+        every = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        outputs = model(**inputs | {"labels": every, "use_cache": False}, fused_lm_head=True)
+        weights = torch.where(labels[:, 1:] == -100, self._weight, 1.0)  # padding has log-probabilities of 0
+        count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        shared = self.args.average_tokens_across_devices and num_items_in_batch is not None
+        loss = -(outputs.log_probs * weights).sum() / count * (self.accelerator.num_processes if shared else 1)
+        return (loss, outputs) if return_outputs else loss
