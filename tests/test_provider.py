@@ -146,6 +146,7 @@ def test_an_equal_job_takes_over_the_finished_run(trained, monkeypatch):
         ({"use_dora": True}, ConfigError, "DoRA"),
         ({"r": 32}, ConfigError, "ranks up to 16"),
         ({"registry": "elsewhere"}, ConfigError, "is no setting"),
+        ({"noisy_copies": 3}, ConfigError, "is no setting"),
         ({"adapter": "../up"}, AdapterError, "is no adapter name"),
     ],
 )
@@ -158,9 +159,11 @@ def test_a_wrong_setting_is_said_before_anything_runs(lm, pretend, kwargs, error
 
 def test_settings_come_from_the_caller_then_the_parent_then_the_configuration(trained, lm, pretend, monkeypatch):
     monkeypatch.setenv("DSPY_LORA_TRAINING__WEIGHT_DECAY", "0.5")
+    monkeypatch.setenv("DSPY_LORA_TRAINING__NOISY_COPIES", "3")  # of rows: chats are left alone
     tuned = trained[3]
-    tuned.finetune(chats(), CHAT, {"learning_rate": 0.01}).result()
+    tuned.finetune(chats(), CHAT, {"learning_rate": 0.01, "prompt_loss_weight": 0.1}).result()
     assert (pretend[-1].r, pretend[-1].learning_rate, pretend[-1].weight_decay) == (4, 0.01, 0.5)
+    assert (pretend[-1].prompt_loss_weight, pretend[-1].noisy_copies) == (0.1, 0)
     assert pretend[-1].parent == tuned.adapter.path
     tuned.finetune(chats(), CHAT, {"from_parent": False, "r": 2}).result()
     assert (pretend[-1].r, pretend[-1].parent) == (2, None)

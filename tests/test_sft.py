@@ -607,14 +607,22 @@ def test_a_run_out_of_patience_stops(base: Path, tmp_path: Path, monkeypatch: py
 # Variants
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.5])
-def test_prompts_count_in_the_loss_by_their_weight(base: Path, tokenizer: Any, tmp_path: Path, weight: float) -> None:
+@pytest.mark.parametrize(("weight", "smallest_large_model"), [(0.0, sft.SMALL_MODEL), (0.5, sft.SMALL_MODEL), (0.5, 0)])
+def test_prompts_count_in_the_loss_by_their_weight(
+    base: Path,
+    tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    weight: float,
+    smallest_large_model: int,  # which trains in micro-batches, with gradient checkpointing
+) -> None:
     from transformers import AutoModelForCausalLM
 
+    monkeypatch.setattr(sft, "SMALL_MODEL", smallest_large_model)
     rows = make_rows(8)
     config = settings(
         base, tmp_path, train=rows, dev=rows, max_steps=1, eval_every=1, lora_dropout=0, dtype="float32",
-        learning_rate=1e-30, prompt_loss_weight=weight, quiet=True,
+        learning_rate=1e-30, prompt_loss_weight=weight, micro_batch_size=2, quiet=True,
     )  # fmt: skip
     train(config)
     step, validation, *_ = read_metrics(config)
@@ -629,6 +637,7 @@ def test_prompts_count_in_the_loss_by_their_weight(base: Path, tokenizer: Any, t
         answers += float(losses[labels != -100].sum())
         count += int((labels != -100).sum())
     assert step["loss"] == pytest.approx((answers + weight * prompts) / count, rel=1e-3)
+    assert 0 <= step["mean_token_accuracy"] <= 1
     assert validation["eval_loss"] == pytest.approx(answers / count, rel=1e-3)
 
 

@@ -24,7 +24,7 @@ def test_without_copies_rows_come_as_they_are():
 def test_copies_have_the_text_s_own_words_and_fewer():
     for words in copies_of(ROWS[0]):
         assert not Counter(words) - Counter(TEXT.split())
-        assert 40 < len(words) < 100  # cut to 60 of 100 at the most, of which a fifth is dropped
+        assert 40 < len(words) < 100  # cut to 60 of 100 at the hardest, of which a fifth is dropped
 
 
 def test_most_copies_of_a_long_text_are_cut_at_its_ends():

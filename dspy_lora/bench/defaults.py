@@ -11,7 +11,6 @@ from dspy_lora.bench.figure import Figure
 from dspy_lora.bench.latency import LONE_PROMPTS, first_and_further, plain
 from dspy_lora.bench.servers import raw_vllm
 from dspy_lora.bench.workload import Question, questions
-from dspy_lora.engine.gpu_tuned import FOLDER
 
 Others: TypeAlias = dict[str, tuple[dict[str, str], dict[str, Any]]]  # environment and engine settings of each
 
@@ -28,7 +27,6 @@ _ON_CPU: Others = {
 _ON_GPU: Others = {
     "vLLM's own LoRA kernels, warm-up and loading": ({}, {"worker_cls": "auto"}),
     "graphs of up to 512 tokens": ({}, {"max_cudagraph_capture_size": 512}),
-    "LoRA tiles by rule": ({FOLDER: os.devnull}, {}),  # where tuned ones ship for the GPU
     "two CUDA streams": ({"VLLM_LORA_ENABLE_DUAL_STREAM": "1"}, {}),
     "graphs by the number of active adapters": ({}, {"specialize_active_lora": True}),
     "128 requests at once": ({}, {"max_num_seqs": 128}),

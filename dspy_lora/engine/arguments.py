@@ -66,8 +66,8 @@ def _cuda_args(given: dict[str, Any]) -> dict[str, Any]:
     """Arguments of the engine on an NVIDIA GPU, unless the user gives them.
 
     A prompt that is longer than every graph runs from Python, where a layer's eight LoRA kernels take longer to launch
-    than to run: with graphs that end at 512 tokens, as vLLM's do, a lone prompt of 512 got its first token 2.4 and 2.8
-    times as late. Graphs for each number of active adapters (``specialize_active_lora``) were 1.00 times as fast. Both
+    than to run: with graphs that end at 512 tokens, as vLLM's do, a lone prompt of 512 got its first token 2.2 times
+    as late. Graphs for each number of active adapters (``specialize_active_lora``) were 1.00 times as fast. Both
     on Llama 3 8B's shape and an H200, as ``dspy-lora bench --shape 8b --only defaults --words 350`` measures them.
 
     Args:

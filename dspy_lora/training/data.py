@@ -34,7 +34,7 @@ class ChatExample(TypedDict):
 
 
 class Tokens(TypedDict):
-    """One row as token ids; ``labels`` is -100 over the prompt, so that only the completion is learnt."""
+    """One row as token ids; ``labels`` is -100 over the prompt, so that only the completion is learnt (by default)."""
 
     input_ids: list[int]
     labels: list[int]

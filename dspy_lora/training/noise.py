@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 from dspy_lora.training.rendering import Row
 
-_CUT, _LEAST_CUT, _KEPT = 0.6, 12, (0.6, 0.95)  # share of texts that are cut, those of more words, and what stays
+_CUT, _SHORT, _KEPT = 0.6, 12, (0.6, 0.95)  # share of the texts of more words that are cut, and of the words that stay
 _DROPPED = (0.05, 0.1, 0.2)  # shares of the words that go, as in EDA; one for each text
-_SWAPPED = 0.05  # swaps a word
+_SWAPPED = 0.05  # swaps for each word
 
 
 def with_noisy_copies(rows: Sequence[Row], fields: Sequence[str], copies: int, seed: int) -> list[Row]:
@@ -15,7 +15,8 @@ def with_noisy_copies(rows: Sequence[Row], fields: Sequence[str], copies: int, s
 
     A copy is a stretch of the text without some of its words and with others swapped: random deletion and swap of EDA
     (Wei & Zou 2019, arXiv 1901.11196), after a cut at both ends. Its outputs stay, so it is for tasks whose answer does
-    not hang on single words, such as classification.
+    not hang on single words, such as classification. Words are what blanks part: a text of a few comes out as it is in
+    one copy of two or more, a longer one in few.
 
     Args:
         rows: The rows to train on.
@@ -31,14 +32,14 @@ def with_noisy_copies(rows: Sequence[Row], fields: Sequence[str], copies: int, s
     rng = random.Random(seed)
     every = list(rows)
     for _ in range(copies):
-        every += [row | {name: _noisy(str(row[name]), rng) for name in fields} for row in rows]
+        every += [row | {name: _noisy(str(row[name]), rng) for name in fields if row.get(name)} for row in rows]
     rng.shuffle(every)
     return every
 
 
 def _noisy(text: str, rng: random.Random) -> str:
     words = text.split()
-    if len(words) > _LEAST_CUT and rng.random() < _CUT:
+    if len(words) > _SHORT and rng.random() < _CUT:
         kept = int(len(words) * rng.uniform(*_KEPT))
         start = rng.randrange(len(words) - kept + 1)
         words = words[start : start + kept]

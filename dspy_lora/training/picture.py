@@ -26,7 +26,7 @@ def draw_losses(run_folder: Path) -> Path:
         raise MissingDependencyError("a loss curve needs matplotlib. Run: pip install matplotlib") from exc
     lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     figure = Figure(figsize=(7, 4), layout="constrained")
-    losses = figure.add_subplot(xlabel="step", ylabel="loss on the answer (nats a token)")
+    losses = figure.add_subplot(xlabel="step", ylabel="loss (nats a token of the answer)")
     matches = losses.twinx()
     matches.set(ylabel="exact match", ylim=(0, 1))
     curves = [

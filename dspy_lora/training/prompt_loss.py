@@ -31,7 +31,9 @@ class PromptLossTrainer(SFTTrainer):
         labels = inputs["labels"]
         every = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
         outputs = model(**inputs | {"labels": every, "use_cache": False}, fused_lm_head=True)
-        weights = torch.where(labels[:, 1:] == -100, self._weight, 1.0)  # padding has log-probabilities of 0
+        answers = labels[:, 1:] != -100
+        self._metrics["train"]["mean_token_accuracy"].append(outputs.is_top1[answers].float().mean().item())
+        weights = torch.where(answers, 1.0, self._weight)  # padding has log-probabilities of 0
         count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
         shared = self.args.average_tokens_across_devices and num_items_in_batch is not None
         loss = -(outputs.log_probs * weights).sum() / count * (self.accelerator.num_processes if shared else 1)

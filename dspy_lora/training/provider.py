@@ -34,8 +34,10 @@ FROM_PARENT = "from_parent"
 FOLDER = "output_dir"
 ROWS_FILE = "chats.jsonl"
 
-# What the provider sets itself, or DSPy's data have settled.
-_NO_SETTINGS = frozenset("signature train dev name base adapter demos registry parent full_finetune output_dir".split())
+# What the provider sets itself, or DSPy's data have settled. Noise is for input fields, which chats no longer have.
+_NO_SETTINGS = frozenset(
+    "signature train dev name base adapter demos registry parent full_finetune noisy_copies output_dir".split()
+)
 _SETTINGS = ChatConfig.model_fields.keys() - _NO_SETTINGS
 _SHAPE = ("r", "lora_alpha", "use_rslora", "target_modules")
 _ENGINE_RANK = 16  # what an engine takes unless it is told (engine/arguments.py)
@@ -237,7 +239,8 @@ def _defaults(config: Config, name: str) -> dict[str, Any]:
 
     if name not in config.domains:
         config = config.model_copy(update={"domains": {name: DomainSection(task="chats")}})
-    return configured(config, config.domain(name))
+    found = configured(config, config.domain(name))
+    return {key: value for key, value in found.items() if key in _SETTINGS}
 
 
 def _write_rows(rows: list[Row], file: Path) -> None:

@@ -31,7 +31,7 @@ class TrainConfig(pydantic.BaseModel):
             about a tenth of an adapter's learning rate.
         qlora: Whether the frozen base is held in 4 bit (bitsandbytes); the next three say how, named as in
             ``transformers.BitsAndBytesConfig``.
-        epochs: Passes over the rows; counts only where ``max_steps`` is None.
+        epochs: Passes over the rows, with their noisy copies; counts only where ``max_steps`` is None.
         batch_size: Rows in one optimizer step.
         micro_batch_size: Most rows in one forward pass of a base with at least 500 million parameters; its largest
             divisor of ``batch_size`` is taken.
@@ -41,6 +41,7 @@ class TrainConfig(pydantic.BaseModel):
             arXiv 2310.05914); None adds none.
         prompt_loss_weight: Weight of a prompt's token in the training loss, a completion's having 1 (Shi et al. 2024,
             arXiv 2405.14394, train on both alike); 0 leaves prompts out. Helps where rows are few and answers short.
+            The sum is divided by the number of the completions' tokens.
         noisy_copies: Noisy copies of each training row to train on beside it, for tasks whose answer does not hang on
             single words of the input (training/noise.py).
         dtype: Number format of the base while training; "auto" is bfloat16 on a GPU that has it, else float32. LoRA

@@ -282,9 +282,11 @@ def _describe(config: TrainConfig, trainer: Any, facts: dict[str, Any], run: Run
         f"{len(config.target_modules)} modules a layer"
     )
     run.say(f"{what}: {trainable:,} of {total:,} parameters train ({trainable / total:.2%})")
+    copies = f" ({config.noisy_copies} of {config.noisy_copies + 1} noisy copies)" if config.noisy_copies else ""
     run.say(
-        f"{facts['train']['rows']} rows, {facts['dev']['rows']} to validate on; {trainer.args.max_steps} steps of "
-        f"{config.batch_size} rows, learning rate {config.learning_rate:g}, weight decay {config.weight_decay:g}; "
+        f"{facts['train']['rows']} rows{copies}, {facts['dev']['rows']} to validate on; "
+        f"{trainer.args.max_steps} steps of {config.batch_size} rows, learning rate "
+        f"{config.learning_rate:g}, weight decay {config.weight_decay:g}; "
         f"a validation and a checkpoint every {trainer.args.eval_steps} steps"
     )
 
