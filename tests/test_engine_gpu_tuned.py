@@ -89,6 +89,11 @@ def test_a_shipped_folder_is_found_by_the_gpu_s_name(start, tmp_path):
     assert start() == ("TunedGPUWorker", str(folder), [f"LoRA tiles from {folder}, tuned for {GPU}, vLLM {VLLM}"])
 
 
+def test_the_null_device_brings_the_rules_back(start, tmp_path):
+    tune(tmp_path / "shipped" / STEM)
+    assert start(os.devnull)[:2] == ("TiledGPUWorker", os.devnull)
+
+
 def test_where_none_ships_the_rules_decide(start):
     assert start() == ("TiledGPUWorker", None, [f"LoRA tiles by rule: none come with dspy-lora for {GPU}"])
 
