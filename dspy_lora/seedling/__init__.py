@@ -7,4 +7,5 @@ chats.py      tasks as chats, rendered by DSPy's own adapters
 tokenizer.py  the tokenizer and its chat template
 packing.py    chats and text as training rows · network.py  the network · pretrain.py  training from scratch
 bars.py       the held-out measurements
+router.py     the classifier of domains · work_orders.py  more rows for the work-order adapter
 """
