@@ -13,7 +13,7 @@ from dspy_lora.adapters.base import Base, resolve_base
 from dspy_lora.adapters.registry import AdapterRegistry, Revision
 from dspy_lora.auto import NAME as AUTO
 from dspy_lora.auto import AutoRoute
-from dspy_lora.config import load_config
+from dspy_lora.config import ServingConfig, load_config
 from dspy_lora.detection.classifier import DomainClassifier
 from dspy_lora.engine.flights import aflight, flight, flight_key
 from dspy_lora.engine.local import AsyncLocalEngine, LocalEngine, async_local_engine, local_engine
@@ -104,6 +104,7 @@ class LoRALM(dspy.LM):
         max_tokens: int | None = 1024,
         **kwargs: Any,
     ) -> None:
+        _check_settings(kwargs)
         named = _MODEL.fullmatch(model or "")
         if named:
             model, domain = named["base"], domain or named["adapter"]
@@ -337,6 +338,18 @@ class LoRALM(dspy.LM):
 
 def _text(path: str | Path | None) -> str | None:
     return None if path is None else str(path)
+
+
+def _check_settings(kwargs: dict[str, Any]) -> None:
+    """Refuses the engine's settings among a call's, where they would wait for the first call to be refused.
+
+    Raises:
+        ConfigError: There are some.
+    """
+    if "base_model" in kwargs:
+        raise ConfigError(f"base_model={kwargs['base_model']!r}: the base is LoRALM's first argument, `model`.")
+    if found := {key: kwargs[key] for key in kwargs if key in ServingConfig.model_fields}:
+        raise ConfigError(f"{', '.join(found)}: of the engine, not of a call. Give LoRALM(engine={found!r}).")
 
 
 def _with_knobs(kwargs: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

@@ -60,7 +60,8 @@ def answers(
 ) -> Ablation:
     """Asks every row of a shuffled mix.
 
-    The routed adapter gets its own domain's task, right or wrong; the base model gets the right one.
+    The routed adapter gets its own domain's task, right or wrong; the base model gets the right one, but for a row that
+    the route leaves to it, which has the fields of the first domain's task and none of its words.
 
     Args:
         config: Names the domains' tasks.
@@ -81,8 +82,9 @@ def answers(
         for row in found
     ]
     random.Random(0).shuffle(devset)
+    plain = dspy.Predict(next(iter(signatures.values())).signature)
     pipeline = DomainPipeline(
-        list(rows), compiled=programs, classifier=classifier, threshold=threshold, make_lm=make_lm
+        list(rows), plain, compiled=programs, classifier=classifier, threshold=threshold, make_lm=make_lm
     )
     base, lms = make_lm(domain=None), pipeline.router.adapters
     systems = {

@@ -666,6 +666,18 @@ def test_an_engine_setting_vllm_does_not_know_is_refused():
         LoRALM("seedling", engine={"max_loras": 0})
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"base_model": "Qwen/Qwen3-8B"}, "base_model='Qwen/Qwen3-8B': the base is LoRALM's first argument, `model`"),
+        ({"max_loras": 4, "seed": 1}, r"max_loras: .* LoRALM\(engine=\{'max_loras': 4\}\)"),
+    ],
+)
+def test_settings_that_are_no_call_s_are_refused_at_once(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        LoRALM(domain="legal", **settings)
+
+
 # -- copies ------------------------------------------------------------------------------------------------------------
 
 

@@ -53,6 +53,12 @@ def test_routed_answers_stand_between_the_base_and_the_right_adapter(config):
     assert scores == {BASE: 0, ROUTED: pytest.approx(6 / 7), ORACLE: 1}
 
 
+def test_a_row_that_is_left_to_the_base_gets_a_program_with_its_fields(config):
+    rows = {name: [{"text": words, "label": "nothing"}] for name, words in ABOUT.items()}
+    report = answers(config, rows, DomainClassifier.train(ABOUT), 2.0, make_lm=make_lm, num_threads=2)
+    assert report.system(ROUTED).score.value == 1
+
+
 def test_a_system_that_fails_counts_as_wrong(config):
     def broken(domain):
         return make_lm(domain) if domain else dspy.LM("openai/none", api_base="http://127.0.0.1:1", num_retries=0)
