@@ -48,22 +48,24 @@ def test_only_items_are_exchanged():
     }
 
 
-def test_the_tagger_finds_items_in_texts_it_has_not_seen():
-    tagger = Tagger(ROWS)
+@pytest.fixture(scope="module")
+def tagger():
+    return Tagger(ROWS)
+
+
+def test_the_tagger_finds_items_in_texts_it_has_not_seen(tagger):
     assert tagger.label("inspect drill rod on pump") == "drill rod; pump"
     assert tagger.label("repair") == ""
 
 
-def test_labelled_rows_count_three_times_and_new_ones_once():
-    rows = enlarged(
-        ROWS, ["XY123 Check SEAL near hose", "nothing"], {row["text"] for row in ROWS} | {"check pump at hose"}
-    )
-    texts = [row["text"] for row in rows]
-    known = {row["text"] for row in ROWS}
-    new = [text for text in texts if text not in known]
-    assert all(texts.count(text) == 3 for text in known)
+def test_labelled_rows_count_three_times_and_new_ones_once(tagger):
+    known, texts = {row["text"] for row in ROWS}, ["XY123 Check SEAL near hose", "nothing"]
+    rows = enlarged(ROWS, texts, known | {"check pump near pump"}, tagger)
+    found = [row["text"] for row in rows]
+    new = [text for text in found if text not in known]
+    assert all(found.count(text) == 3 for text in known)
     assert len(set(new)) == len(new) > 10
-    assert "check pump at hose" not in new
     assert "ITEM_ID check seal near hose" in new
-    assert "nothing" not in texts
-    assert rows == enlarged(ROWS, ["XY123 Check SEAL near hose", "nothing"], known | {"check pump at hose"})
+    assert not {"check pump near pump", "nothing"} & set(new)
+    assert rows == enlarged(ROWS, texts, known | {"check pump near pump"}, tagger)
+    assert rows != enlarged(ROWS, texts, known | {"check pump near pump"}, tagger, seed=1)

@@ -96,19 +96,20 @@ def exchanged(row: Row, mentions: Sequence[str], rng: random.Random) -> str:
     return " ".join(text)
 
 
-def enlarged(rows: Sequence[Row], texts: Sequence[str], known: set[str], seed: int = 0) -> list[Row]:
+def enlarged(rows: Sequence[Row], texts: Sequence[str], known: set[str], tagger: Tagger, seed: int = 0) -> list[Row]:
     """Labelled rows, and texts that a tagger labels.
 
     Args:
         rows: Labelled rows.
         texts: Texts without labels, of the same kind.
         known: Texts that must not be among the new rows: those of the rows, and of rows to validate and test on.
+        tagger: Labels them.
         seed: Decides what is exchanged, and the order.
 
     Returns:
         Shuffled rows.
     """
-    rng, tagger = random.Random(seed), Tagger(rows)
+    rng = random.Random(seed)
     new = [text for text in map(_plain, texts) if text not in known]
     new += _made_up(rows, known, rng)
     found = [{"text": text, "label": tagger.label(text)} for text in new]
@@ -179,8 +180,8 @@ def main() -> None:
     args = parser.parse_args()
     train, dev, test = (read_rows(args.data / _SET / f"{name}.jsonl") for name in ("train", "dev", "test"))
     texts = [row["text"] for row in read_rows(args.data / _TEXTS / "train.jsonl")]
-    rows = enlarged(train, texts, known={row["text"] for row in (*train, *dev, *test)})
     tagger = Tagger(train)
+    rows = enlarged(train, texts, {row["text"] for row in (*train, *dev, *test)}, tagger)
     right = sum(tagger.label(row["text"]) == row["label"] for row in dev) / len(dev)
     args.output.mkdir(parents=True, exist_ok=True)
     for name, found in (("train", rows), ("dev", dev)):
