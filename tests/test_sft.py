@@ -216,12 +216,16 @@ def test_a_base_without_a_chat_template_is_refused(base: Path) -> None:
 # A run
 
 
-def test_the_adapter_learns_the_task(trained: tuple[TrainConfig, str]) -> None:
-    config, _ = trained
+def test_the_adapter_learns_the_task(tmp_path: Path) -> None:
+    """On the seedling: whether the tiny base learns it hangs on its random weights."""
+    run = {"max_steps": 24, "learning_rate": 1e-3, "eval_every": 24, "eval_rows": 16, "quiet": True}
+    config = settings("seedling", tmp_path / "out", **run)
+    train(config)
     losses = [line["loss"] for line in read_metrics(config) if "loss" in line]
-    assert losses[-1] < losses[0] * 0.7
+    assert losses[-1] < losses[0] * 0.2
     result = read_card(config)["result"]
-    assert result["exact_match"] >= result["base_exact_match"] + 0.25
+    assert result["base_exact_match"] == 0
+    assert result["exact_match"] >= 0.5
 
 
 def test_metrics_hold_losses_rates_and_validations(trained: tuple[TrainConfig, str]) -> None:
