@@ -16,6 +16,7 @@ from typing import get_args
 from dspy_lora.adapters.base import Base, resolve_base
 from dspy_lora.adapters.registry import AdapterRegistry, Revision
 from dspy_lora.config import LARGEST_RANK, Config, Rank, load_config
+from dspy_lora.engine import server_words
 from dspy_lora.engine.openai_server import OpenAIServer, prepare
 from dspy_lora.engine.settings import engine_settings
 from dspy_lora.errors import AdapterError, ConfigError, MissingDependencyError
@@ -47,8 +48,9 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         AdapterError: No such adapter, or one that this base and these settings cannot serve.
-        ConfigError: A setting that is not allowed, or an address at which the server cannot listen.
+        ConfigError: A setting or a word that is not allowed, or an address at which the server cannot listen.
         MissingDependencyError: vLLM is not installed.
+        SystemExit: vLLM knows no such word; its parser has printed which.
     """
     server = plan(args, load_config())
     if importlib.util.find_spec("vllm") is None:
@@ -60,11 +62,14 @@ def run(args: argparse.Namespace) -> int:
         print(command_line(server))
         return 0
     require_free(server.host, server.port)
+    environment = dict(os.environ)  # reading the words sets more, which the server decides by itself
+    said = server_words.read(server.words)
+    has_key = server_words.KEY in said or "VLLM_API_KEY" in environment
     print(f"Serving {server.settings.base.name} with {len(server.adapters)} adapters. Connect, once it is up, with")
-    print(f"    {connection(args, server)}", flush=True)
-    if _is_open(server):
+    print(f"    {connection(args, server, has_key, server_words.CERTIFICATE in said)}", flush=True)
+    if not (has_key or _is_local(server.host)):
         print("note: whoever reaches this address may load adapters; -- --api-key KEY asks for a key", file=sys.stderr)
-    os.execv(server.command[0], server.command)
+    os.execve(server.command[0], server.command, environment)
 
 
 def plan(args: argparse.Namespace, config: Config) -> OpenAIServer:
@@ -86,8 +91,8 @@ def plan(args: argparse.Namespace, config: Config) -> OpenAIServer:
 def _all_adapters(registry: AdapterRegistry, base: Base) -> list[Revision]:
     """The current adapters of a base; those of others are named in a line."""
     found = registry.list()
-    mine = [each for each in found if each.base == base.revision]
-    if others := [each.ref for each in found if each.base != base.revision]:
+    mine = [each for each in found if each.is_for(base)]
+    if others := [each.ref for each in found if not each.is_for(base)]:
         print(f"left out, made for other bases than {base.name}: {', '.join(others)}", file=sys.stderr)
     return mine
 
@@ -133,35 +138,30 @@ def require_free(host: str, port: int) -> None:
         ) from exc
 
 
-def connection(args: argparse.Namespace, server: OpenAIServer) -> str:
-    """The line of Python that connects: ``LoRALM(domain="legal", api_base="http://127.0.0.1:8000/v1")``."""
+def connection(args: argparse.Namespace, server: OpenAIServer, has_key: bool = False, encrypted: bool = False) -> str:
+    """The line of Python that connects: ``LoRALM(domain="legal", api_base="http://127.0.0.1:8000/v1")``.
+
+    Args:
+        args: The command's.
+        server: What they plan.
+        has_key: Whether the server asks for a key.
+        encrypted: Whether it speaks HTTPS.
+    """
     host = "127.0.0.1" if server.host in _EVERYWHERE else server.host
     place = f"[{host}]" if ":" in host else host
     words = [json.dumps(server.settings.base.name)] if args.base_model else []
     words += [f'domain="{server.adapters[0].adapter}"'] if server.adapters else []
     words += [f"registry={json.dumps(str(args.registry))}"] if args.registry else []
-    scheme = "https" if _is_said(server, "--ssl-certfile", "--ssl-c") else "http"
-    words += [f'api_base="{scheme}://{place}:{server.port}/v1"']
-    return f"LoRALM({', '.join([*words, 'api_key=...'] if _has_key(server) else words)})"
+    words += [f'api_base="{"https" if encrypted else "http"}://{place}:{server.port}/v1"']
+    return f"LoRALM({', '.join([*words, 'api_key=...'] if has_key else words)})"
 
 
-def _has_key(server: OpenAIServer) -> bool:
-    return "VLLM_API_KEY" in os.environ or _is_said(server, "--api-key", "--api-k")
-
-
-def _is_said(server: OpenAIServer, flag: str, least: str) -> bool:
-    """Whether vLLM's words have a flag, or as much of it as vLLM's parser takes for it. A --config is not read."""
-    names = [word.split("=")[0].replace("_", "-") for word in server.words]
-    return any(flag.startswith(name) and name.startswith(least) for name in names)
-
-
-def _is_open(server: OpenAIServer) -> bool:
-    """Whether other machines reach the server without a key."""
+def _is_local(host: str) -> bool:
+    """Whether only this machine reaches an address."""
     try:
-        local = ipaddress.ip_address(server.host).is_loopback
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        local = server.host == "localhost"
-    return not local and not _has_key(server)
+        return host == "localhost"
 
 
 def command_line(server: OpenAIServer) -> str:

@@ -38,7 +38,7 @@ def plan(*words):
 def started(monkeypatch):
     """Commands that the process would have become."""
     commands = []
-    monkeypatch.setattr(os, "execv", lambda program, command: commands.append([program, command]))
+    monkeypatch.setattr(os, "execve", lambda *command: commands.append([*command]))
     return commands
 
 
@@ -185,7 +185,8 @@ def test_a_dry_run_prints_what_the_engine_changes_and_drops(vllm_s_arguments, ca
          {"max_loras": 3, "tensor_parallel_size": 2, "enable_lora": False}),
         (["--max-lora-r", "64", "--hf-overrides.hidden_size", "8"],
          {"max_lora_rank": 64, "hf_overrides": {"hidden_size": 8}}),
-        (["--api-key", "k", "--api-server-count", "1"], {"api_server_count": 1}),
+        (["--api_k", "k", "--api-server-count", "1"], {"api_key": ["k"], "api_server_count": 1}),
+        (["--ssl-certfile", "a.pem", "--ssl-keyfile", "b.pem"], {"ssl_certfile": "a.pem"}),
         (["--max-loras", "1"], {"max_loras": 1}),  # vLLM's own default
         (["--tool-call-parser", "hermes"], {"tool_call_parser": "hermes"}),
         ([], {}),
@@ -231,6 +232,8 @@ def test_the_engine_s_arguments_follow_from_the_words():
         (["--uds", "/tmp/a"], "set uds to '/tmp/a', .* use --host HOST and --port PORT before"),
         (["--lora-modules", "a=/b"], "set lora_modules to .*'/b'.* use `dspy-lora adapters publish`, and --domain"),
         (["--api-server-count", "0"], "--api-server-count 0: give 1 or more"),
+        (["--headless"], "--headless among the words after --: with it vLLM serves no OpenAI API"),
+        (["--grpc"], "--grpc among the words .* Leave it out"),
     ],
 )
 def test_a_word_that_would_undo_an_option_is_refused(words, message):
@@ -279,7 +282,7 @@ def test_the_process_becomes_the_server_and_says_how_to_connect(started, capsys)
     args = parse("--base-model", "seedling", "--domain", "legal", "--port", port)
     serve_command.run(args)
     server = serve_command.plan(args, load_config())
-    assert started == [[sys.executable, server.command]]
+    assert started == [[sys.executable, server.command, dict(os.environ)]]
     assert server.command[1:4] == ["-P", "-m", "dspy_lora.engine.openai_server"]
     out, err = capsys.readouterr()
     assert f'LoRALM("seedling", domain="legal", api_base="http://127.0.0.1:{port}/v1")' in out
@@ -301,28 +304,47 @@ def test_a_port_in_use_is_an_error_before_anything_starts(started):
 
 
 @pytest.mark.parametrize(
-    ("words", "line"),
+    ("words", "known", "line"),
     [
-        (("--host", "0.0.0.0"), 'LoRALM(domain="legal", api_base="http://127.0.0.1:8000/v1")'),
-        (("--host", "::1"), 'LoRALM(domain="legal", api_base="http://[::1]:8000/v1")'),
-        (("--", "--api-key", "k"), 'LoRALM(domain="legal", api_base="http://127.0.0.1:8000/v1", api_key=...)'),
-        (("--", "--api_k=k"), 'LoRALM(domain="legal", api_base="http://127.0.0.1:8000/v1", api_key=...)'),
-        (("--", "--ssl-certfile", "a.pem"), 'LoRALM(domain="legal", api_base="https://127.0.0.1:8000/v1")'),
+        (("--host", "0.0.0.0"), (False, False), 'LoRALM(domain="legal", api_base="http://127.0.0.1:8000/v1")'),
+        (("--host", "::1"), (False, False), 'LoRALM(domain="legal", api_base="http://[::1]:8000/v1")'),
+        ((), (True, False), 'LoRALM(domain="legal", api_base="http://127.0.0.1:8000/v1", api_key=...)'),
+        ((), (False, True), 'LoRALM(domain="legal", api_base="https://127.0.0.1:8000/v1")'),
     ],
 )
-def test_the_line_that_connects(words, line, monkeypatch):
+def test_the_line_that_connects(words, known, line, monkeypatch):
     monkeypatch.setenv("DSPY_LORA_BASE_MODEL", "seedling")
     args = parse("--domain", "legal", *words)
-    assert serve_command.connection(args, serve_command.plan(args, load_config())) == line
+    assert serve_command.connection(args, serve_command.plan(args, load_config()), *known) == line
 
 
-@pytest.mark.parametrize(
-    ("words", "is_open"),
-    [((), False), (("--host", "localhost"), False), (("--host", "0.0.0.0"), True),
-     (("--host", "0.0.0.0", "--", "--api-key=k"), False)],
-)  # fmt: skip
-def test_an_address_that_others_reach_wants_a_key(words, is_open):
-    assert serve_command._is_open(plan("--base-model", "seedling", *words)) is is_open
+@pytest.mark.parametrize("where", ["words", "file", "environment"])
+def test_a_key_is_seen_wherever_it_is_said(where, tmp_path, started, capsys, monkeypatch):
+    file = tmp_path / "vllm.yaml"
+    file.write_text("api-key: [k]\nssl-certfile: a.pem\n")
+    words = {"words": ["--", "--api-key=k"], "file": ["--", "--config", file], "environment": []}[where]
+    monkeypatch.setattr(serve_command, "require_free", lambda host, port: None)
+    if where == "environment":
+        monkeypatch.setenv("VLLM_API_KEY", "k")
+    environment = dict(os.environ)
+    with mock.patch.dict(os.environ):
+        serve_command.run(parse("--base-model", "seedling", "--host", "0.0.0.0", *words))
+    out, err = capsys.readouterr()
+    assert "api_key=...)" in out and "note:" not in err
+    assert ("https://" in out) is (where == "file")
+    assert started[0][2] == environment  # the server decides by itself
+
+
+@pytest.mark.parametrize(("host", "is_noted"), [("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True)])
+def test_an_address_that_others_reach_wants_a_key(host, is_noted, started, capsys):
+    serve_command.run(parse("--base-model", "seedling", "--host", host, "--port", free_port()))
+    assert ("whoever reaches this address may load adapters" in capsys.readouterr().err) is is_noted
+
+
+def test_a_word_that_is_refused_is_the_first_thing_said(started, capsys):
+    with pytest.raises(ConfigError, match="set port to 9000"):
+        serve_command.run(parse("--base-model", "seedling", "--port", free_port(), "--", "--port", "9000"))
+    assert not capsys.readouterr().out and not started
 
 
 def test_without_vllm_it_says_what_to_install(monkeypatch):

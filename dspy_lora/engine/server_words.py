@@ -13,7 +13,9 @@ from typing import Any
 from dspy_lora.engine.arguments import set_environment
 from dspy_lora.errors import ConfigError
 
-API_SERVERS, TOOL_PARSER = "api_server_count", "tool_call_parser"  # arguments of the server that prepare() reads
+# Arguments of the server, not of its engine, that matter to who starts it.
+API_SERVERS, TOOL_PARSER, KEY, CERTIFICATE = "api_server_count", "tool_call_parser", "api_key", "ssl_certfile"
+OF_THE_SERVER = (API_SERVERS, TOOL_PARSER, KEY, CERTIFICATE)
 _INSTEAD = {
     "host": "--host HOST",
     "port": "--port PORT",
@@ -23,6 +25,7 @@ _INSTEAD = {
     "served_model_name": "--base-model MODEL",
     "lora_modules": "`dspy-lora adapters publish`, and --domain NAME",
 }
+_NO_SERVER = {"headless", "grpc"}  # with them `vllm serve` starts no OpenAI server, and `api_server` takes no notice
 _UNSAID = object()  # where a default would stand
 
 
@@ -33,10 +36,11 @@ def read(words: Sequence[str]) -> dict[str, Any]:
         words: As on the command line of ``vllm serve``.
 
     Returns:
-        By vLLM's names: arguments of its engine, as its parser makes them, ``API_SERVERS`` and ``TOOL_PARSER``.
+        By vLLM's names, as its parser makes them: arguments of its engine, and those ``OF_THE_SERVER``.
 
     Raises:
-        ConfigError: A word for what `dspy-lora serve` has an option for, or a number of API servers that cannot be.
+        ConfigError: A word for what `dspy-lora serve` has an option for, one with which vLLM serves no OpenAI API, or a
+            number of API servers that cannot be.
         SystemExit: vLLM's parser knows no such word, or was asked for help; it has printed which.
     """
     if not words:
@@ -44,8 +48,8 @@ def read(words: Sequence[str]) -> dict[str, Any]:
     set_environment()
     import vllm
 
-    kept = {field.name for field in dataclasses.fields(vllm.AsyncEngineArgs)} | {API_SERVERS, TOOL_PARSER}
-    unsaid = argparse.Namespace(**dict.fromkeys(kept | _INSTEAD.keys(), _UNSAID))
+    kept = {field.name for field in dataclasses.fields(vllm.AsyncEngineArgs)} | {*OF_THE_SERVER}
+    unsaid = argparse.Namespace(**dict.fromkeys(kept | _INSTEAD.keys() | _NO_SERVER, _UNSAID))
     found = {name: value for name, value in vars(_parsed(words, unsaid)).items() if value is not _UNSAID}
     for name, instead in _INSTEAD.items():
         if (value := found.pop(name, None)) is not None:
@@ -53,6 +57,11 @@ def read(words: Sequence[str]) -> dict[str, Any]:
                 f"the words after -- set {name} to {value!r}, which dspy-lora serve sets itself: use {instead} before "
                 "the --. Other options of vLLM's server may follow it."
             )
+    for name in _NO_SERVER & found.keys():
+        raise ConfigError(
+            f"--{name} among the words after --: with it vLLM serves no OpenAI API, which is what dspy-lora serve is "
+            "for. Leave it out, or use vLLM's own command, vllm serve."
+        )
     if API_SERVERS in found:
         _check_api_servers(found[API_SERVERS])
     return {name: value for name, value in found.items() if name in kept}
