@@ -71,7 +71,7 @@ class LoRALM(dspy.LM):
             by the last user message (a conversation that is to stay with one adapter goes through ``LoRARouter``). The
             revision is fixed here: ``copy(domain="legal")`` takes a newer one.
         registry: Folder of the adapter registry; None takes the configured one, else ``adapters/`` in the working
-            directory with the bundled adapters of the seedling under it.
+            directory. Where the base is the seedling, its bundled adapters lie under either.
         classifier: Folder of the ``DomainClassifier`` that ``domain="auto"`` asks; None takes the packaged one, which
             knows the domains of ``lora_config.yaml``.
         engine: Settings of the engine: keys of ``serving`` in ``lora_config.yaml``, or any argument of
@@ -111,12 +111,12 @@ class LoRALM(dspy.LM):
         self._binding = _Binding(model, _text(registry), engine or {}, api_base, _text(classifier), api_key)
         config = load_config()
         self._base = resolve_base(model or config.base_model)
-        if named and named["revision"] != self._base.revision:
+        if named and not self._base.is_recorded(named["base"], named["revision"]):
             raise ConfigError(
                 f"{named.string!r} names another revision of base {self._base.name!r}: here it is at "
                 f"{self._base.revision}. Give the base's name alone to take this one."
             )
-        self._registry = AdapterRegistry(registry if registry is not None else config.registry)
+        self._registry = AdapterRegistry(registry, base=self._base.name)
         self._auto = self._auto_route() if domain is not None and domain.split("@")[0] == AUTO else None
         self._adapter = None if self._auto else self._resolve(domain)
         pair = self._engine_pair(config)
@@ -174,7 +174,7 @@ class LoRALM(dspy.LM):
 
     def _adapters_of(self, classifier: DomainClassifier) -> list[tuple[str, Revision]]:
         """The adapters of this base that the classifier can choose."""
-        mine = [each for each in self._registry.list() if each.base == self._base.revision]
+        mine = [each for each in self._registry.list() if each.is_for(self._base)]
         return [(each.adapter, each) for each in mine if each.adapter in classifier.domains]
 
     def model_string(self, ref: str | None) -> str:
@@ -195,7 +195,7 @@ class LoRALM(dspy.LM):
 
             server = (self._binding.api_base, self._binding.api_key, self._base)
             return remote_engine(*server), async_remote_engine(*server)
-        settings = engine_settings(self._base, config, self._binding.engine)
+        settings = engine_settings(self._base.for_engine, config, self._binding.engine)
         return local_engine(settings), async_local_engine(settings)
 
     def _announce(self) -> None:
@@ -323,13 +323,13 @@ class LoRALM(dspy.LM):
             lm = cls(base, domain=match["adapter"], api_base=state.pop("server", None), **state)
         except AdapterError as exc:
             raise ChangedAdapterError(f"the program was saved with adapter {match['adapter']!r}: {exc}") from exc
-        lm._check_unchanged(saved)
+        lm._check_unchanged(match)
         return lm
 
-    def _check_unchanged(self, saved: str) -> None:
-        if self.model != saved:
+    def _check_unchanged(self, saved: re.Match[str]) -> None:
+        if not self._base.is_recorded(saved["base"], saved["revision"]) or saved["adapter"] != self.ref:
             raise ChangedAdapterError(
-                f"the program was saved with {saved!r}, but the base here is {self._base.name!r} at revision "
+                f"the program was saved with {saved.string!r}, but the base here is {self._base.name!r} at revision "
                 f"{self._base.revision} and the LM is {self.model!r}. Bring what was saved back, or compile again."
             )
         if self._adapter is not None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from dspy_lora.adapters import base as base_module
 from dspy_lora.adapters.base import Base, resolve_base
 from dspy_lora.adapters.checks import check_adapter
 from dspy_lora.adapters.weights import look, read_header
@@ -469,17 +470,71 @@ def test_a_hub_id_that_is_not_cached_stays_an_id():
     assert resolve_base("Qwen/Not-In-The-Cache") == Base("Qwen/Not-In-The-Cache", "Qwen/Not-In-The-Cache", "main")
 
 
-def test_a_hub_id_in_the_cache_is_its_snapshot(tmp_path, monkeypatch):
+@pytest.fixture
+def download(tmp_path, monkeypatch):
+    """Puts a model into a cache of the test's own, as Hugging Face's library does."""
     from huggingface_hub import constants
 
-    snapshot = tmp_path / "models--Org--Tiny" / "snapshots" / "abc"
-    snapshot.parent.mkdir(parents=True)
-    plain = write_base(snapshot)
-    (tmp_path / "models--Org--Tiny" / "refs").mkdir()
-    (tmp_path / "models--Org--Tiny" / "refs" / "main").write_text("abc")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def download(name):
+        model = tmp_path / "hub" / f"models--Org--{name}"
+        for folder in ("refs", "snapshots"):
+            (model / folder).mkdir(parents=True)
+        (model / "refs" / "main").write_text("abc")
+        return write_base(model / "snapshots" / "abc")
+
+    return download
+
+
+def test_a_hub_id_in_the_cache_is_its_snapshot(download):
+    plain = download("Tiny")
     base = resolve_base("Org/Tiny")
     assert (base.name, base.path, base.revision) == ("Org/Tiny", plain.path, plain.revision)
+
+
+@pytest.mark.parametrize(
+    ("missing", "index"),
+    [("model-00002-of-00002.safetensors", None),
+     ("model-00001-of-00002.safetensors", {"a": "model-00001-of-00002.safetensors"}),
+     ("model-00002-of-00002.safetensors", {"b": "model-00002-of-00002.safetensors"})],
+)  # fmt: skip
+def test_a_download_that_has_not_ended_stays_an_id(missing, index, download):
+    """As a folder vLLM would take it for the whole model."""
+    snapshot = Path(download(f"Half{missing[10]}{bool(index)}").path)
+    (snapshot / missing).unlink()
+    if index:
+        (snapshot / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    name = f"Org/{snapshot.parents[1].name.removeprefix('models--Org--')}"
+    assert resolve_base(name) == Base(name, name, "main")
+
+
+def test_a_model_that_comes_while_a_process_runs_keeps_its_name_there(download, adapter, monkeypatch):
+    """Another one would start a second engine beside the one that downloaded it."""
+    first = resolve_base("Org/Later")
+    download("Later")
+    assert resolve_base("Org/Later") == first
+    monkeypatch.setattr(base_module, "_absent", set())  # the next process
+    assert resolve_base("Org/Later").folder is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "fits"),
+    [("a", "0" * 12, True), ("b", "0" * 12, True), ("a", "1" * 12, False), ("a", "main", True), ("b", "main", False)],
+)
+def test_a_base_that_was_not_on_the_disk_goes_by_its_name(name, revision, fits):
+    here, elsewhere = Base("a", "/a", "0" * 12), Base(name, "/b", revision)
+    assert here.is_recorded(elsewhere.name, elsewhere.revision) is fits
+    assert elsewhere.is_recorded(here.name, here.revision) is fits
+    assert Base("a", "a", "main").is_recorded(name, "main") is (name == "a")
+
+
+def test_an_engine_s_base_has_one_name_however_its_folder_is_spelled(tmp_path, monkeypatch):
+    folder = write_base(tmp_path / "base").path
+    monkeypatch.chdir(tmp_path)
+    assert {resolve_base(name).for_engine for name in ("base", "./base", "base/", folder)} == {resolve_base(folder)}
+    for name in ("seedling", "Org/Nowhere"):
+        assert resolve_base(name).for_engine == resolve_base(name)
 
 
 @pytest.mark.parametrize("model", ["./nowhere", "/nowhere/at/all", "a/b/c", "", "a b", "Org/Name\n", "../x"])

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from dspy_lora import AdapterRegistry, LoRALM
 from dspy_lora.adapters.peft_config import read_peft_config
+from dspy_lora.engine.residents import check_patterns
 from dspy_lora.errors import AdapterError, UnknownAdapterError
 
 pytestmark = pytest.mark.timeout(900)
@@ -146,6 +147,19 @@ def test_an_adapter_above_the_engines_rank_is_refused_and_the_others_go_on(make,
     with pytest.raises(AdapterError, match="has rank 24"):
         wide.preload()
     assert ask(make("legal")) == legal
+
+
+def test_a_vllm_that_does_not_read_an_adapter_s_patterns_is_not_given_it(monkeypatch):
+    """vLLM 0.26 scales every module by the adapter's own rank and alpha."""
+    from vllm.lora.peft_helper import PEFTHelper
+
+    legal = read_peft_config(AdapterRegistry().resolve("legal").path)
+    own = legal.model_copy(update={"alpha_pattern": {"q_proj": 2.0}})
+    check_patterns("own", own)
+    monkeypatch.delitem(PEFTHelper.__dataclass_fields__, "alpha_pattern")
+    check_patterns("legal", legal)
+    with pytest.raises(AdapterError, match=r"adapter 'own' has its own alpha_pattern, .* with `dspy-lora merge`"):
+        check_patterns("own", own)
 
 
 def test_an_adapter_that_is_gone_is_named_and_the_others_go_on(make, publish, registry):

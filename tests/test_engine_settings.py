@@ -90,6 +90,8 @@ def test_a_value_that_is_not_json_is_refused():
 
 
 def test_the_base_model_is_no_setting_of_the_engine():
+    with pytest.raises(ConfigError, match="For another revision give its folder as the base"):
+        settings(revision="v2")
     with pytest.raises(ConfigError, match="LoRALM's first argument"):
         settings(model="other")
 

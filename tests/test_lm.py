@@ -651,6 +651,17 @@ def test_an_adapter_of_another_base_is_refused(thinking_base, tmp_path):
         LoRALM(str(other), domain="legal", registry=PACKAGED_ROOT)
 
 
+def test_a_configured_registry_lies_over_the_bundled_adapters(tmp_path, monkeypatch):
+    """As `dspy-lora adapters list` and `dspy-lora serve` have it."""
+    monkeypatch.setenv("DSPY_LORA_REGISTRY", str(tmp_path / "shared"))
+    bundled = AdapterRegistry(PACKAGED_ROOT).resolve("legal")
+    assert LoRALM("seedling", domain="legal").adapter == bundled
+    monkeypatch.setenv("DSPY_LORA_BASE_MODEL", "Org/Other")
+    assert LoRALM("seedling", domain="legal").adapter == bundled
+    with pytest.raises(UnknownAdapterError, match="no adapter 'legal'"):
+        LoRALM(domain="legal")
+
+
 def test_an_adapter_that_is_gone_is_this_call_s_error(make_lm, lm, tmp_path):
     registry = AdapterRegistry(tmp_path / "registry")
     registry.publish(lm.adapter.path, "passing", base=lm.base)

@@ -1,7 +1,9 @@
 """The base model that adapters are made for and served on."""
 
+import dataclasses
 import functools
 import hashlib
+import json
 import logging
 import re
 from dataclasses import dataclass
@@ -13,11 +15,17 @@ logger = logging.getLogger(__name__)
 
 SEEDLING = "seedling"
 SEEDLING_FOLDER = Path(__file__).parents[1] / "seedling" / "base"
+ABSENT = "main"  # revision of a base that is not on this disk
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 # Weights files below this size count with their whole content, larger ones with their header: reading 16 GB for a
 # fingerprint would take longer than loading the model.
 _WHOLE_FILE = 256 * 2**20
+_SHARD = re.compile(r".*-\d+-of-(\d+)\.safetensors")
+
+# Hugging Face ids that were not on this disk when this process first asked. They stay ids: the engine that downloads
+# one goes on under it, and a second name for the same model would start a second engine.
+_absent: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -27,7 +35,7 @@ class Base:
     Attributes:
         name: As it was asked for: ``"seedling"``, a Hugging Face id or a folder.
         path: Its folder; the id where the model is not on this disk.
-        revision: First 12 hex digits of the SHA-256 over its configuration and weights; ``"main"`` where it is not on
+        revision: First 12 hex digits of the SHA-256 over its configuration and weights; ``ABSENT`` where it is not on
             this disk.
     """
 
@@ -40,6 +48,15 @@ class Base:
         """Its folder; None where the model is not on this disk."""
         return Path(self.path) if Path(self.path).is_dir() else None
 
+    @property
+    def for_engine(self) -> "Base":
+        """Under one name however its folder was spelled, so that all spellings share one engine."""
+        return dataclasses.replace(self, name=self.path) if Path(self.name).expanduser().is_dir() else self
+
+    def is_recorded(self, name: str, revision: str) -> bool:
+        """Whether a base that was written down is this one; by name alone where either was not on its disk."""
+        return name == self.name if ABSENT in (revision, self.revision) else revision == self.revision
+
 
 def resolve_base(model: str | None) -> Base:
     """Finds a base model.
@@ -49,7 +66,8 @@ def resolve_base(model: str | None) -> Base:
             so in one log line.
 
     Returns:
-        The base model. Nothing is downloaded: an id that is not in the local cache stays an id.
+        The base model. Nothing is downloaded: an id that is not in the local cache stays an id, for as long as this
+        process lives.
 
     Raises:
         ConfigError: Neither a model folder nor a Hugging Face id.
@@ -67,8 +85,11 @@ def resolve_base(model: str | None) -> Base:
             f"base model {model!r}: there is no such folder, and it is no Hugging Face id (like 'Qwen/Qwen3-8B'). "
             "Give a folder with config.json and safetensors files, an id, or 'seedling' for the bundled model."
         )
-    snapshot = _cached_snapshot(model)
-    return _from_folder(model, snapshot) if snapshot else Base(model, model, "main")
+    snapshot = None if model in _absent else _cached_snapshot(model)
+    if snapshot is None:
+        _absent.add(model)
+        return Base(model, model, ABSENT)
+    return _from_folder(model, snapshot)
 
 
 @functools.cache
@@ -114,6 +135,14 @@ def _cached_snapshot(model: str) -> Path | None:
         config = try_to_load_from_cache(model, "config.json")
     except ValueError as exc:  # its check of ids is stricter than ours
         raise ConfigError(f"base model {model!r} is no Hugging Face id: {exc}") from exc
-    if not isinstance(config, str) or not any(Path(config).parent.glob("*.safetensors")):
-        return None
-    return Path(config).parent
+    return Path(config).parent if isinstance(config, str) and _has_all_weights(Path(config).parent) else None
+
+
+def _has_all_weights(folder: Path) -> bool:
+    """Whether a snapshot's download has ended: vLLM goes on with one that it is asked for by id, not by folder."""
+    there = {file.name for file in folder.glob("*.safetensors")}
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return there.issuperset(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    shards = [int(found[1]) for found in map(_SHARD.fullmatch, there) if found]
+    return bool(there) and len(shards) == max(shards, default=0)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dspy_lora.adapters.base import Base
+from dspy_lora.adapters.base import ABSENT, Base
 from dspy_lora.adapters.base_modules import Shape, base_modules
 from dspy_lora.adapters.peft_config import CONFIG_FILE, PeftConfig, names, read_json, read_peft_config, refuse
 from dspy_lora.adapters.weights import Tensor, look, read_header
@@ -109,7 +109,7 @@ def check_trained_on(folder: Path, metadata: dict[str, Any], base: Base) -> None
         AdapterError: ``metadata["base_revision"]`` is there and is another base's.
     """
     trained_on = metadata.get("base_revision")
-    if trained_on is not None and trained_on != base.revision:
+    if trained_on is not None and trained_on != base.revision and ABSENT not in (trained_on, base.revision):
         refuse(
             folder,
             f"it was trained on base revision {trained_on!r}, the base here is {base.name!r} at {base.revision!r}. "

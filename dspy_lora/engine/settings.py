@@ -60,6 +60,11 @@ def engine_settings(base: Base, config: Config, overrides: dict[str, Any] | None
         given = dict(overrides or {})
         if "model" in given:
             raise ValueError("the base model is LoRALM's first argument")
+        if "revision" in given:
+            raise ValueError(
+                "a base is served as it lies on this disk. For another revision give its folder as the base, "
+                "such as huggingface_hub.snapshot_download(ID, revision=REVISION) returns"
+            )
         known = {key: value for key, value in given.items() if key in ServingConfig.model_fields}
         serving = ServingConfig.model_validate(config.serving.model_dump() | known)
         extra = {key: value for key, value in given.items() if key not in known}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspy_lora.adapters.base import Base, resolve_base
+from dspy_lora.adapters.base import ABSENT, Base, resolve_base
 from dspy_lora.adapters.checks import WEIGHTS_FILE, read_metadata
 from dspy_lora.adapters.peft_config import CONFIG_FILE, read_json, refuse
 from dspy_lora.adapters.registry import AdapterRegistry
@@ -104,7 +104,7 @@ def find_source(adapter: str | Path, registry: AdapterRegistry) -> Source:
         config=config,
         metadata=metadata,
         base_name=base_name or config.get("base_model_name_or_path"),
-        base_revision=base_revision,
+        base_revision=None if base_revision == ABSENT else base_revision,
     )
 
 
