@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dspy_lora.adapters import base as base_module
-from dspy_lora.adapters.base import Base, resolve_base
+from dspy_lora.adapters.base import Base, fetch_base, resolve_base
 from dspy_lora.adapters.checks import check_adapter
 from dspy_lora.adapters.weights import look, read_header
 from dspy_lora.errors import AdapterError, ConfigError
@@ -516,6 +516,17 @@ def test_a_model_that_comes_while_a_process_runs_keeps_its_name_there(download, 
     assert resolve_base("Org/Later") == first
     monkeypatch.setattr(base_module, "_absent", set())  # the next process
     assert resolve_base("Org/Later").folder is not None
+
+
+def test_what_is_trained_names_a_base_that_was_downloaded_for_it(download, monkeypatch):
+    import huggingface_hub
+
+    with pytest.raises(ConfigError, match=r"'Org/Fetched' is not on this disk .* `hf download Org/Fetched`"):
+        fetch_base("Org/Fetched")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: download("Fetched").path)
+    fetched = fetch_base("Org/Fetched")
+    assert fetched.name == "Org/Fetched" and fetched.folder is not None and len(fetched.revision) == 12
+    assert fetch_base("seedling") == resolve_base("seedling")
 
 
 @pytest.mark.parametrize(

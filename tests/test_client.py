@@ -1,23 +1,28 @@
 """The client's bookkeeping, on a stand-in for the engine process: what is sent when, and who gets which answer."""
 
 import asyncio
+import errno
 import io
 import queue
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import pytest
+from dspy import lm15
 
 from dspy_lora.adapters.base import Base
 from dspy_lora.config import load_config
 from dspy_lora.engine import client as client_module
 from dspy_lora.engine.client import EngineClient, close_engines, engine_client
 from dspy_lora.engine.failures import advice, ending, last_lines, root_cause
+from dspy_lora.engine.local import AsyncLocalEngine, LocalEngine
 from dspy_lora.engine.progress import Progress
-from dspy_lora.engine.protocol import Abort, Command, Delta, Done, Failed, Generate, Ready, Result, StartFailed
+from dspy_lora.engine.protocol import Abort, Adapter, Command, Delta, Done, Failed, Generate, Ready, Result, StartFailed
 from dspy_lora.engine.settings import engine_settings
 from dspy_lora.errors import AdapterError, EngineDiedError, EngineError, EngineStartError
 
@@ -51,6 +56,7 @@ class StandIn:
         return self.status
 
     def send(self, request):
+        msgspec.msgpack.encode(request)  # as the real one does
         self.sent.append(request)
 
     def receive(self, timeout_ms):
@@ -163,6 +169,79 @@ def test_a_stream_whose_reader_has_gone_hurts_nobody(client):
     first.replies.put(done(stream))
     first.replies.put(done(other))
     assert client.result(other).id == other.request.id
+
+
+# -- requests that cannot be sent --------------------------------------------------------------------------------------
+
+CIRCLE = []
+CIRCLE.append(CIRCLE)
+LARGE = 18446744073709551616
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"sampling": {"seed": LARGE}}, f"^sampling.seed={LARGE} cannot be sent .*from -2\\*\\*63 to 2\\*\\*64 - 1"),
+        (
+            {"sampling": {"structured_outputs": {"json": {"allOf": [{"lt": LARGE}]}}}},
+            rf"json.allOf.0.lt={LARGE} cannot",
+        ),
+        ({"sampling": {"stop": ["a", "\ud800"]}}, r"^sampling.stop.1='\\ud800' cannot .*without lone surrogates"),
+        ({"sampling": {"logit_bias": {LARGE: 1}}}, f"^sampling.logit_bias.key={LARGE} cannot"),
+        ({"sampling": {"bad_words": CIRCLE}}, "holds itself"),
+        ({"sampling": {}, "template": {1: 2}}, "cannot be sent .*template.* mappings with text as keys"),
+        ({"sampling": {}, "adapter": Adapter("a@1", "/\udcff")}, r"^adapter.path='/\\udcff' cannot be sent"),
+    ],
+    ids=["integer", "schema", "text", "key", "circle", "unreadable", "path"],
+)
+def test_a_request_that_cannot_be_sent_is_refused_alone_and_forgotten(client, settings, words):
+    def refused():
+        shown = []
+        reply = client.result(client.submit(Generate(0, [], **settings), shown.append))
+        assert (reply.kind, shown) == ("invalid", [None])
+        assert re.search(words, reply.message)
+
+    refused()
+    assert not client.running  # nor does it start an engine
+    first = ask(client)
+    refused()
+    second = ask(client)
+    at = host()
+    refused()
+    for call in (first, second):
+        at.replies.put(done(call))
+        assert client.result(call).id == call.request.id
+    assert [request.id for request in at.sent] == [first.request.id, second.request.id]
+    at.status = -9
+    eventually(lambda: not client.running)
+    assert (len(StandIn.made), client._pending) == (1, {})  # nobody waits for another engine
+
+
+async def test_a_value_that_cannot_be_sent_is_dspy_s_error_of_that_call(client, monkeypatch):
+    monkeypatch.setattr(client_module, "_clients", {SETTINGS: client})
+    message, config = lm15.Message.user("Hello."), lm15.Config(seed=LARGE)
+    request = lm15.Request(model="stand-in", messages=(message,), config=config)
+    near, far = LocalEngine(SETTINGS), AsyncLocalEngine(SETTINGS)
+    wanted = {"expected_exception": lm15.InvalidRequestError, "match": f"seed={LARGE} cannot be sent to the engine"}
+    with pytest.raises(**wanted):
+        near.complete(request)
+    with pytest.raises(**wanted):
+        list(near.stream(request))
+    with pytest.raises(**wanted):
+        await far.complete(request)
+    with pytest.raises(**wanted):
+        [event async for event in far.stream(request)]
+
+
+def test_an_adapter_whose_path_cannot_be_sent_does_not_fail_the_start(client):
+    adapters = [SimpleNamespace(ref=f"{path}@1", path=path, base=SETTINGS.base.revision) for path in ("\udcff", "a")]
+    client.registries = {Path("/1"): SimpleNamespace(list=lambda: adapters)}
+    call = ask(client)
+    eventually(lambda: StandIn.made)
+    StandIn.made[0].replies.put(Ready({"max_cpu_loras": 4}))
+    StandIn.made[0].replies.put(done(call))
+    assert client.result(call).id == call.request.id
+    assert [each.adapter.path for each in StandIn.made[0].sent[1:]] == ["a"]
 
 
 # -- callers that stop waiting -----------------------------------------------------------------------------------------
@@ -374,7 +453,8 @@ def test_an_engine_that_starts_is_told_of_the_adapters_that_registries_have_for_
     client.registries = {
         Path("/1"): SimpleNamespace(list=lambda: first),
         Path("/2"): SimpleNamespace(list=lambda: raises(AdapterError("not readable"))),
-        Path("/3"): SimpleNamespace(list=lambda: second),
+        Path("/3"): SimpleNamespace(list=lambda: raises(OSError(errno.ESTALE, "Stale file handle"))),
+        Path("/4"): SimpleNamespace(list=lambda: second),
     }
 
     ask(client)

@@ -221,6 +221,13 @@ def test_names_that_are_no_names(registry, make, tmp_path, name):
     assert {name for name in files(tmp_path) if not name.startswith("adapter-1")} == set(before)
 
 
+@pytest.mark.parametrize("name", ["all", "auto", "base"])
+def test_a_word_that_stands_for_something_else_is_no_new_name(registry, make, name):
+    with pytest.raises(AdapterError, match=f"{name!r} cannot be an adapter's name: it stands for something else"):
+        registry.publish(make(1), name)
+    assert registry.list() == []
+
+
 @pytest.mark.parametrize("revision", ["", "..", "0123456789a", "0123456789AB", "0123456789ab/..", "0123456789ab\n"])
 def test_revisions_that_are_no_revisions(registry, make, revision):
     registry.publish(make(1), "legal")
@@ -346,6 +353,33 @@ def test_a_pointer_that_names_no_revision(registry, make):
     (registry.root / "legal" / "current").write_text("../../secret")
     with pytest.raises(AdapterError, match="names no revision"):
         registry.resolve("legal")
+
+
+def test_a_pointer_that_cannot_be_read_costs_its_adapter_alone(registry, make, monkeypatch, caplog):
+    legal, other = registry.publish(make(1), "legal"), registry.publish(make(2), "other")
+    pointer, read = registry.root / "legal" / "current", Path.read_text
+
+    def refuse(path, *args, **kwargs):
+        if path == pointer:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", refuse)  # the tests may run as root, who reads everything
+        with pytest.raises(
+            AdapterError, match=f"{pointer} cannot be read: .*denied.* Let this user read it, or publish"
+        ):
+            registry.resolve("legal")
+        assert registry.list() == [other]
+        assert f"{pointer} cannot be read" in caplog.text
+        assert registry.resolve(legal.ref) == legal
+    assert registry.list() == [legal, other]
+
+
+def test_publishing_again_mends_a_damaged_pointer(registry, make):
+    published = registry.publish(make(1), "legal")
+    (registry.root / "legal" / "current").write_text("nonsense")
+    assert registry.publish(make(1), "legal").revision == published.revision == registry.resolve("legal").revision
 
 
 # -- a disk that refuses -----------------------------------------------------------------------------------------------

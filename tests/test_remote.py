@@ -2,8 +2,12 @@
 
 import asyncio
 import http.server
+import json
 import pickle
+import subprocess
+import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
@@ -442,3 +446,114 @@ def test_an_adapter_that_a_server_lists_is_not_loaded(pretend):
     models = f'{{"data": [{{"id": "seedling"}}, {{"id": "{name}", "parent": "seedling"}}]}}'
     address = pretend({"/v1/models": (200, models), "/v1/chat/completions": (200, answer)})
     assert stranger(address, "legal")("Hello.") == ["yes"]
+
+
+# -- forks -------------------------------------------------------------------------------------------------------------
+
+
+class Echo(http.server.BaseHTTPRequestHandler):
+    """Repeats what it is asked, after a while, on connections that are kept."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self.answer({"data": [{"id": "seedling"}]})
+
+    def do_POST(self):
+        [message] = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"]
+        time.sleep(0.1)
+        self.answer({"id": "1", "model": "m", "choices": [{"message": message | {"role": "assistant"}}]})
+
+    def answer(self, body):
+        content = json.dumps(body).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def echo():
+    """A server of a thread; yields its address."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Echo) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+        server.shutdown()
+
+
+def run_fork(address, code):
+    """Runs a program that forks; nothing of it may take long."""
+    start = f"""
+import asyncio, os, signal, sys, threading
+from dspy_lora import LoRALM
+
+lm = LoRALM("seedling", api_base={address!r}, num_retries=0, cache=False)
+
+def end(child):
+    _, status = os.waitpid(child, 0)
+    assert status == 0, f"the child ended with {{status}}"
+
+assert lm("First.") == ["First."]
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", start + code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_fork_and_its_parent_get_their_own_answers(echo):
+    run_fork(
+        echo,
+        """
+questions = [f"{number}, please." for number in range(5)]
+asyncio.run(lm.acall("First."))
+child = os.fork()
+asked = [f"{'parent' if child else 'child'}: {question}" for question in questions]
+assert [lm(question) for question in asked] == [[question] for question in asked]
+assert [asyncio.run(lm.acall(question)) for question in asked] == [[question] for question in asked]
+if child:
+    end(child)
+""",
+    )
+
+
+@pytest.mark.parametrize("lock", ["_lock", "_opening"])
+def test_a_fork_waits_for_no_thread_of_its_parent(echo, lock):
+    run_fork(
+        echo,
+        f"""
+lm._engine_spec.{lock}.acquire()  # as a thread does, which the child does not have
+child = os.fork()
+if child:
+    lm._engine_spec.{lock}.release()
+    end(child)
+else:
+    signal.alarm(20)
+assert lm("Second.") == ["Second."]
+""",
+    )
+
+
+def test_a_fork_that_ends_leaves_its_parent_s_event_loop_alone(echo):
+    run_fork(
+        echo,
+        """
+loop = asyncio.new_event_loop()
+threading.Thread(target=loop.run_forever, daemon=True).start()
+
+def ask(question):
+    return asyncio.run_coroutine_threadsafe(lm.acall(question), loop).result(20)
+
+assert ask("First.") == ["First."]
+open_call = asyncio.run_coroutine_threadsafe(lm.acall("Second."), loop)
+child = os.fork()
+if child:
+    end(child)
+    assert open_call.result(20) == ["Second."]
+    assert ask("Third.") == ["Third."]
+""",
+    )

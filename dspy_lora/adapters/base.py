@@ -21,6 +21,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 # Weights files below this size count with their whole content, larger ones with their header: reading 16 GB for a
 # fingerprint would take longer than loading the model.
 _WHOLE_FILE = 256 * 2**20
+_FETCHED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")  # no second copy of the weights as pickles
 _SHARD = re.compile(r".*-\d+-of-(\d+)\.safetensors")
 
 # Hugging Face ids that were not on this disk when this process first asked. They stay ids: the engine that downloads
@@ -90,6 +91,33 @@ def resolve_base(model: str | None) -> Base:
         _absent.add(model)
         return Base(model, model, ABSENT)
     return _from_folder(model, snapshot)
+
+
+def fetch_base(model: str | None) -> Base:
+    """Finds a base model, and downloads it where it is not on this disk, so that what is made for it can name it.
+
+    Args:
+        model: As for ``resolve_base``.
+
+    Returns:
+        The base model; one without safetensors files stays an id.
+
+    Raises:
+        ConfigError: Neither a model folder nor a Hugging Face id, or it cannot be downloaded.
+    """
+    base = resolve_base(model)
+    if base.folder is not None:
+        return base
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(base.name, allow_patterns=list(_FETCHED)))
+    except OSError as exc:
+        raise ConfigError(
+            f"base model {base.name!r} is not on this disk and cannot be downloaded: {exc}. Give its folder, or "
+            f"bring it with `hf download {base.name}`."
+        ) from exc
+    return _from_folder(base.name, folder) if any(folder.glob("*.safetensors")) else base
 
 
 @functools.cache

@@ -25,6 +25,7 @@ from dspy_lora.adapters.revision import (
     REVISION,
     Revision,
     check_name,
+    check_new_name,
     content_hash,
     read_revision,
     split_ref,
@@ -161,14 +162,31 @@ class AdapterRegistry:
         return next((root / name / revision for root in self._roots if (root / name / revision).is_dir()), None)
 
     def _current(self, name: str) -> str | None:
-        """The revision that a name means: the first pointer found, the writable root's before the packaged one's."""
-        for root in self._roots:
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                pointer = (root / name / CURRENT_FILE).read_text(encoding="ascii", errors="replace").strip()
-                if not REVISION.fullmatch(pointer):
-                    raise AdapterError(f"{root / name / CURRENT_FILE} names no revision. Publish {name!r} again.")
-                return pointer
+        """The revision that a name means: the first pointer found, the writable root's before the packaged one's.
+
+        Raises:
+            AdapterError: That pointer cannot be read, or names no revision.
+        """
+        for file in (root / name / CURRENT_FILE for root in self._roots):
+            try:
+                pointer = file.read_text(encoding="ascii", errors="replace").strip()
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError as exc:
+                raise AdapterError(
+                    f"{file} cannot be read: {exc}. Let this user read it, or publish {name!r} again."
+                ) from exc
+            if not REVISION.fullmatch(pointer):
+                raise AdapterError(f"{file} names no revision. Publish {name!r} again.")
+            return pointer
         return None
+
+    def _is_current(self, revision: Revision) -> bool:
+        """Whether its name means this revision; no, where the pointer is damaged: publishing again mends it."""
+        try:
+            return self._current(revision.adapter) == revision.revision
+        except AdapterError:
+            return False
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
@@ -202,7 +220,7 @@ class AdapterRegistry:
             PublishError: The disk refused. The registry is as it was before.
         """
         source, config = Path(source), load_config()
-        check_name(name)
+        check_new_name(name)
         base = base or resolve_base(self._base or config.base_model)
         before = stamps(source)
         info = check_adapter(source, base, max_rank or config.serving.max_lora_rank or LARGEST_RANK)
@@ -300,7 +318,7 @@ class AdapterRegistry:
         metadata = record.metadata or there.metadata
         new = dataclasses.replace(record, path=there.path, sizes=there.sizes, metadata=metadata)
         unchanged = dataclasses.replace(new, published=there.published) == there
-        if unchanged and self._current(record.adapter) == there.revision:
+        if unchanged and self._is_current(there):
             return there
         if there.path == record.path:  # not a bundled one: its place in the history and its record are renewed
             write(stage / RECORD_FILE, new.to_json())

@@ -17,6 +17,9 @@ from dspy_lora.errors import AdapterError, UnknownAdapterError
 RECORD_FILE = "revision.json"
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 REVISION = re.compile(r"[0-9a-f]{12}")
+# Words that stand for something else where an adapter's name may stand: LoRALM's choice call by call, every adapter of
+# `dspy-lora serve` and `train`, the model without an adapter in `dspy-lora evaluate --irt`.
+TAKEN = ("all", "auto", "base")
 NAME_RULE = "A name has 1 to 64 lower-case letters, digits, '_' and '-', the first a letter or a digit."
 
 # What goes along with an adapter; nothing else in its folder is copied (training state, optimizer pickles).
@@ -87,6 +90,17 @@ def check_name(name: str) -> str:
     if not NAME.fullmatch(name):
         raise AdapterError(f"{name!r} is no adapter name. {NAME_RULE}")
     return name
+
+
+def check_new_name(name: str) -> str:
+    """Returns a name under which an adapter can be published, and then be asked for.
+
+    Raises:
+        AdapterError: It cannot: not a name, or a word that stands for something else.
+    """
+    if name in TAKEN:
+        raise AdapterError(f"{name!r} cannot be an adapter's name: it stands for something else. Take another one.")
+    return check_name(name)
 
 
 def split_ref(ref: str) -> tuple[str, str | None]:

@@ -11,13 +11,16 @@ import contextlib
 import itertools
 import logging
 import os
+import reprlib
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from dspy_lora.engine.host_process import HostProcess
 from dspy_lora.engine.protocol import (
@@ -29,6 +32,7 @@ from dspy_lora.engine.protocol import (
     Generate,
     Ready,
     Reply,
+    Request,
     StartFailed,
 )
 from dspy_lora.engine.settings import EngineSettings
@@ -109,7 +113,7 @@ class EngineClient:
             on_delta: Called in the reader thread with every delta of a streamed request, then with None.
 
         Returns:
-            The pending request; its future holds the reply.
+            The pending request; its future holds the reply, ``Failed`` at once where the request cannot be sent.
 
         Raises:
             MissingDependencyError: vLLM is not installed.
@@ -117,6 +121,9 @@ class EngineClient:
         """
         request.id = next(self._ids)
         pending = Pending(request, on_delta=on_delta)
+        if reason := _unsendable(request):  # else it would fail where all that wait are sent
+            pending.finish(Failed(request.id, "invalid", reason))
+            return pending
         with self._lock:
             if self._host is None:
                 if _interrupted.is_set():
@@ -234,15 +241,17 @@ class EngineClient:
             for pending in self._pending.values():
                 self._send(host, pending)
             for adapter in self._known()[: self.info.get("max_cpu_loras")]:
-                host.send(Command(next(self._ids), "ahead", adapter))
+                ahead = Command(next(self._ids), "ahead", adapter)
+                if not _unsendable(ahead):  # else who asks for it gets the reason
+                    host.send(ahead)
 
     def _known(self) -> list[Adapter]:
         """The adapters of this engine's base that the registries have now."""
         found: dict[str, Adapter] = {}
         for registry in list(self.registries.values()):
-            with contextlib.suppress(DspyLoraError):  # who asks for one gets the error
+            with contextlib.suppress(DspyLoraError, OSError):  # who asks for one gets the error
                 for revision in registry.list():
-                    if revision.base == self.settings.base.revision:
+                    if revision.is_for(self.settings.base):
                         found[revision.ref] = Adapter(revision.ref, str(revision.path))
         return list(found.values())
 
@@ -284,6 +293,44 @@ class EngineClient:
 def _fail(calls: list[Pending], error: EngineError | None) -> None:
     for pending in calls:
         pending.finish(None, error)
+
+
+_as_the_host = msgspec.msgpack.Decoder(Request)
+
+
+def _unsendable(request: Request) -> str | None:
+    """Why the host could not be sent a request, or could not read it; None where it can."""
+    try:
+        _as_the_host.decode(msgspec.msgpack.encode(request))
+    except RecursionError:
+        return "the request cannot be sent to the engine: it is nested too deeply, or holds itself"
+    except (ValueError, TypeError, OverflowError) as exc:
+        return (
+            f"{_culprit(request)} cannot be sent to the engine: {exc}. Give what JSON can hold: mappings with text "
+            "as keys, lists, text without lone surrogates, whole numbers from -2**63 to 2**64 - 1."
+        )
+    return None
+
+
+def _culprit(value: Any, place: str = "") -> str:
+    """The innermost part that cannot be encoded, after its place: ``sampling.seed=18446744073709551616``."""
+    for step, part in _parts(value):
+        try:
+            msgspec.msgpack.encode(part)
+        except (ValueError, TypeError, OverflowError):
+            return _culprit(part, f"{place}.{step}" if place else step)
+    return f"{place}={reprlib.repr(value)}" if place else "the request"
+
+
+def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+    """What a value is made of, each part with its place in it."""
+    if isinstance(value, msgspec.Struct):
+        yield from msgspec.structs.asdict(value).items()
+    elif isinstance(value, dict):
+        yield from (("key", key) for key in value)
+        yield from ((str(key), part) for key, part in value.items())
+    elif isinstance(value, list | tuple):
+        yield from ((str(number), part) for number, part in enumerate(value))
 
 
 def _require_vllm() -> None:

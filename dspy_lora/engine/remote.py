@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import itertools
 import os
 import threading
 import weakref
@@ -50,6 +51,15 @@ class _Remote:
         self.adapters: dict[str, Adapter] = {}
         self.routes: Routes = {}
         self._served: dict[str, str] = {}
+        self._start_over()
+        _engines.add(self)
+
+    def _start_over(self) -> None:
+        """Free locks and no connections: of a new engine, and of one in a forked child.
+
+        The child shares its parent's sockets, where each would read the other's answers, and has none of the threads
+        that hold its locks.
+        """
         self._lock = threading.Lock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Remote":
@@ -236,9 +246,17 @@ class RemoteEngine(_Remote):
     def __reduce__(self) -> tuple[Any, ...]:
         return remote_engine, (self.api_base, None, self.base)  # the key stays here
 
-    @functools.cached_property
+    def _start_over(self) -> None:
+        super()._start_over()
+        self._opening = threading.Lock()
+        self._opened: lm15.LMRouter | None = None
+
+    @property
     def _router(self) -> lm15.LMRouter:
-        return lm15.LMRouter(self._config())
+        with self._opening:  # of two, ``close`` would not find one
+            if self._opened is None:
+                self._opened = lm15.LMRouter(self._config())
+            return self._opened
 
     def complete(self, request: lm15.Request) -> lm15.Response:
         """Answers one request; the samples of one call are one request."""
@@ -268,15 +286,17 @@ class RemoteEngine(_Remote):
 
     def close(self) -> None:
         """Closes the connections; the next call opens new ones."""
-        if router := self.__dict__.pop("_router", None):
+        with self._opening:
+            router, self._opened = self._opened, None
+        if router is not None:
             router.close()
 
 
 class AsyncRemoteEngine(_Remote):
     """The async engine; keeps one pool of connections for each event loop."""
 
-    def __init__(self, api_base: str, api_key: str | None, base: Base) -> None:
-        super().__init__(api_base, api_key, base)
+    def _start_over(self) -> None:
+        super()._start_over()
         self._routers: weakref.WeakKeyDictionary[Any, lm15.AsyncLMRouter] = weakref.WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -322,8 +342,37 @@ class AsyncRemoteEngine(_Remote):
             await router.aclose()
 
 
+def _unplug(router: lm15.AsyncLMRouter) -> None:
+    """Puts the null device in the place of the sockets that a forked child has from its parent.
+
+    Whatever closes a connection there, lm15's finaliser at the latest, would end the parent's TLS session and take the
+    socket out of the parent's event loop: the two share what the loop waits with. Closing a sync one sends nothing.
+    """
+    if router._transport is None:  # nothing was asked
+        return
+    pool, null = router._transport._pool, os.open(os.devnull, os.O_RDWR)
+    for connection in itertools.chain(pool._in_use, *pool._idle.values()):
+        socket = connection.writer.get_extra_info("socket")
+        if socket is not None and socket.fileno() >= 0:  # else it is closed
+            os.dup2(null, socket.fileno(), inheritable=False)
+    os.close(null)
+
+
 def _named(response: lm15.Response, model: str) -> lm15.Response:
     return dataclasses.replace(response, model=model)
+
+
+def _start_over_in_fork() -> None:
+    engines = list(_engines)
+    routers = [router for each in engines if isinstance(each, AsyncRemoteEngine) for router in each._routers.values()]
+    for engine in engines:
+        engine._start_over()
+    for router in routers:
+        _unplug(router)
+
+
+_engines: weakref.WeakSet[_Remote] = weakref.WeakSet()  # of this process
+os.register_at_fork(after_in_child=_start_over_in_fork)
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from dspy_lora.adapters.checks import METADATA_FILE, check_adapter
 from dspy_lora.adapters.disk import staging, sync, writing
 from dspy_lora.adapters.peft_config import CONFIG_FILE
 from dspy_lora.adapters.registry import AdapterRegistry
-from dspy_lora.adapters.revision import Revision, check_name
+from dspy_lora.adapters.revision import Revision, check_new_name
 from dspy_lora.config import LARGEST_RANK
 from dspy_lora.errors import ConfigError
 from dspy_lora.merging.source import Source
@@ -103,7 +103,7 @@ class Publication:
 
     def check(self, base: Base, sources: Sequence[Source]) -> None:
         """Raises an AdapterError where the name is no adapter's."""
-        check_name(self.name)
+        check_new_name(self.name)
 
     @contextlib.contextmanager
     def draft(self) -> Iterator[Path]:
