@@ -20,6 +20,7 @@ from dspy_lora.optimizers.ace_online import Online
 from dspy_lora.optimizers.ace_roles import Record, RuleReflector
 from dspy_lora.optimizers.rollouts import Rollout, Rollouts
 from dspy_lora.optimizers.run_log import RunLog, digest
+from dspy_lora.optimizers.run_settings import configured_settings, lm_settings, named, program_settings
 
 from dspy_lora.context.bullets import Embed
 from dspy_lora.context.deltas import Delta
@@ -103,7 +104,7 @@ class ACE(Teleprompter):
             if value < 1:
                 raise ConfigError(f"{name}={value!r} must be 1 or more")
         self.metric = None if metric is None else _of_five(metric)
-        self.metric_name = getattr(metric, "__qualname__", repr(metric))
+        self.metric_name = named(metric)
         self.reflection_lm, self.rounds, self.reflector, self.curator = reflection_lm, rounds, reflector, curator
         self.epochs, self.batch_size, self.seed = epochs, batch_size, seed
         self.token_budget, self.count_tokens = token_budget, count_tokens
@@ -135,6 +136,8 @@ class ACE(Teleprompter):
 
         Raises:
             ConfigError: No metric, no rows, no predictor, a teacher, or a ``log_dir`` of another run.
+            LMError: An LM is out of reach, or another outage (``outages.py``). With a ``log_dir`` the run goes on from
+                there when it is compiled again.
             DataError: ``log_dir/playbook.md`` was edited meanwhile; nothing of it or of the run is lost. Or the program
                 has no playbook object, and the one in its instructions cannot be read.
         """
@@ -208,16 +211,17 @@ class _Offline:
         self.result = ACEResult()
 
     def _settings(self) -> dict[str, Any]:
-        ace, lms = self.ace, [predictor.lm or dspy.settings.lm for predictor in self.learner.program.predictors()]
+        ace = self.ace
         return {
             "train": digest(*(row.toDict() for row in self.train)),
             "val": digest(*(row.toDict() for row in self.val)),
-            "program": self.learner.tasks,
-            "lms": [lm and lm.model for lm in lms],
-            "reflection_lm": ace.reflection_lm and ace.reflection_lm.model,
+            "program": program_settings(self.learner.program),
+            "reflection_lm": lm_settings(ace.reflection_lm),
+            "configured": configured_settings(),
             "metric": ace.metric_name,
             "playbook": digest(self.playbook.render()),
-            "roles": [type(role).__qualname__ for role in (self.learner.reflector, self.learner.curator)],
+            "reflector": program_settings(self.learner.reflector),
+            "curator": program_settings(self.learner.curator),
             "embedder": ace.embedder and repr(ace.similarity),
             "failure_score": ace.failure_score,
             "ground_truth": ace.ground_truth,

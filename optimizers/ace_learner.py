@@ -2,12 +2,13 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import dspy
 from dspy.utils.exceptions import AdapterParseError
 from dspy_lora.optimizers.ace_roles import Curator, Record, Reflector, RuleCurator, RuleReflector
-from dspy_lora.optimizers.rollouts import Rollout
+from dspy_lora.optimizers.proposers import RIGHT_ANSWER
+from dspy_lora.optimizers.rollouts import Rollout, shown_value
 
 from dspy_lora.context.deltas import Add, Delta, Update
 from dspy_lora.context.playbook import Playbook
@@ -125,26 +126,19 @@ class Learner:
 
     def records(self, example: dspy.Example, rollout: Rollout) -> dict[str, list[Record]]:
         """The attempts of one row, with its score and, where it is known and wanted, the right answer."""
-        told = self._right_answers(example) if rollout.records else {}
+        right = self._right_answers(example) if rollout.records else {}
         return {
-            name: [
-                {**each, "Score": rollout.score, "Feedback": _joined(each["Feedback"], told.get(name))}
-                for each in attempts
-            ]
+            name: [{**each, "Score": rollout.score} | _told(each["Feedback"], right.get(name, {})) for each in attempts]
             for name, attempts in rollout.records.items()
         }
 
-    def _right_answers(self, example: dspy.Example) -> dict[str, str]:
-        if not self.ace.ground_truth:
-            return {}
-        known, found = dict(example.labels()), {}
-        for name, predictor in self.program.named_predictors():
-            right = {key: known[key] for key in predictor.signature.output_fields if key in known}
-            if len(right) == 1:
-                found[name] = f"The right answer is {next(iter(right.values()))}."
-            elif right:
-                found[name] = f"It should have been {', '.join(f'{key}={value!r}' for key, value in right.items())}."
-        return found
+    def _right_answers(self, example: dspy.Example) -> dict[str, dict[str, Any]]:
+        """For each predictor the output fields that the row holds."""
+        known = dict(example.labels()) if self.ace.ground_truth else {}
+        return {
+            name: {key: known[key] for key in predictor.signature.output_fields if key in known}
+            for name, predictor in self.program.named_predictors()
+        }
 
     def _section(self, name: str) -> str:
         """What the sections of a predictor alone begin with."""
@@ -156,6 +150,19 @@ class Learner:
         return Playbook(bullet for bullet in playbook.bullets if not bullet.section.startswith(tuple(others)))
 
 
-def _joined(feedback: str, right: str | None) -> str:
-    """Feedback that begins with the right answer, where it is known and not said anyway."""
-    return feedback if right is None or right in feedback else f"{right} {feedback}"
+def _told(feedback: str, right: Mapping[str, Any]) -> dict[str, str]:
+    """Feedback that begins with the right answer, where it is known and not said anyway; a single one also by itself.
+
+    By itself it is for those that count: a sentence does not show where an answer ends that has periods.
+    """
+    if not right:
+        return {"Feedback": feedback}
+    if len(right) > 1:
+        sentence = f"It should have been {', '.join(f'{key}={value!r}' for key, value in right.items())}."
+        return {"Feedback": _joined(feedback, sentence)}
+    (answer,) = map(shown_value, right.values())
+    return {"Feedback": _joined(feedback, f"The right answer is {answer}."), RIGHT_ANSWER: answer}
+
+
+def _joined(feedback: str, sentence: str) -> str:
+    return feedback if sentence in feedback else f"{sentence} {feedback}"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import dspy
 from dspy_lora.optimizers.ace_learner import Learner
 from dspy_lora.optimizers.ace_roles import Record
+from dspy_lora.optimizers.outages import is_outage
 from dspy_lora.optimizers.rollouts import Rollout, scored, shown_value
 
 from dspy_lora.context.playbook import Playbook
@@ -128,7 +129,9 @@ class Online(dspy.Module):
         prediction = self(**example.inputs())
         try:
             score, _, feedback = scored(ace.metric(example, prediction, None, None, None))
-        except Exception as exc:  # noqa: BLE001 - one example's metric may fail
+        except Exception as exc:
+            if is_outage(exc):  # of an LM that judges
+                raise
             score, feedback = ace.failure_score, None
             self.failures.append(f"the metric raised {type(exc).__name__}: {exc}")
             logger.warning("%s", self.failures[-1])

@@ -13,13 +13,13 @@ from typing import Any, Literal
 import dspy
 import pydantic
 from dspy_lora.optimizers import proposers
-from dspy_lora.optimizers.proposers import Row, RuleProposer, telling_words
+from dspy_lora.optimizers.proposers import RIGHT_ANSWER, Row, RuleProposer, telling_words
 
 from dspy_lora.context.bullets import Bullet
 from dspy_lora.context.deltas import Add, Delta, Merge, Remove, Update
 from dspy_lora.context.playbook import Playbook
 
-Record = Mapping[str, Any]  # "Inputs", "Generated Outputs", "Feedback", "Score"
+Record = Mapping[str, Any]  # "Inputs", "Generated Outputs", "Feedback", "Score", and RIGHT_ANSWER where it is known
 
 RULES = "Use these rules"  # the counting curator's section, headed as the seedling knows it
 _RULE = re.compile(r"If it mentions (?P<words>.+), answer (?P<label>.+)\.|Otherwise answer (?P<default>.+)\.")
@@ -94,9 +94,10 @@ class Reflector(dspy.Module):
             ``insights``, and ``counts`` for bullets that helped or misled.
         """
         told, insights, tags = playbook.listing(), list[str](), list[Tag]()
+        attempts = [{key: each[key] for key in each if key != RIGHT_ANSWER} for each in records]  # Feedback says it
         for _ in range(self.rounds):
             earlier = insights
-            found = self.reflect(task=task, playbook=told, attempts=[*map(dict, records)], earlier=earlier)
+            found = self.reflect(task=task, playbook=told, attempts=attempts, earlier=earlier)
             insights, tags = found.insights, found.tags
             if insights == earlier:
                 break

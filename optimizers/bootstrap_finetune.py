@@ -7,7 +7,7 @@ from typing import Any
 
 import dspy
 from dspy.teleprompt.bootstrap_trace import FailedPrediction
-from dspy.utils.exceptions import LMError
+from dspy_lora.optimizers.outages import is_outage
 
 logger = logging.getLogger(__name__)
 
@@ -78,9 +78,9 @@ def _forgiving(program: dspy.Module) -> Iterator[None]:
     def attempt(*args: Any, **inputs: Any) -> Any:
         try:
             return forward(*args, **inputs)
-        except LMError:
-            raise
-        except Exception as exc:  # noqa: BLE001 - whatever one example does, the others count
+        except Exception as exc:
+            if is_outage(exc):
+                raise
             logger.warning("an example is left out: %s: %s", type(exc).__name__, str(exc).strip()[:200])
             return FailedPrediction(f"{type(exc).__name__}: {exc}")
 

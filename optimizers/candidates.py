@@ -60,17 +60,18 @@ class Space:
     Args:
         student: The program; it is not changed.
         lm: Answers where a predictor has no LM of its own, and lends its adapters.
-        adapters: Which adapters may be chosen.
+        adapters: Which adapters may be chosen; None leaves every predictor what it has.
 
     Attributes:
-        arms: The choices of each predictor, the base model first; one choice where the LM takes no adapters.
+        arms: The choices of each predictor, the base model first; one choice where nothing is chosen or the LM takes no
+            adapters.
         start: The program as it is.
 
     Raises:
         ConfigError: No adapter is left to choose from, or one is unknown.
     """
 
-    def __init__(self, student: dspy.Module, lm: LoRALM, adapters: Adapters) -> None:
+    def __init__(self, student: dspy.Module, lm: LoRALM, adapters: Adapters | None) -> None:
         self.student, self.lm = student, lm
         self._lms: dict[tuple[str, str], LoRALM] = {}
         self._own = {name: predictor.lm for name, predictor in student.named_predictors()}
@@ -80,11 +81,11 @@ class Space:
             for name, predictor in student.named_predictors()
         }
 
-    def _arms(self, name: str, predictor: dspy.Predict, adapters: Adapters) -> list[str]:
+    def _arms(self, name: str, predictor: dspy.Predict, adapters: Adapters | None) -> list[str]:
         lm = self._own[name] or self.lm
-        if not isinstance(lm, LoRALM):
-            return [KEPT]
-        known = {revision.adapter: revision.ref for revision in lm.registry.list() if revision.base == lm.base.revision}
+        if adapters is None or not isinstance(lm, LoRALM):
+            return [self._now(name)]
+        known = {revision.adapter: revision.ref for revision in lm.registry.list() if revision.is_for(lm.base)}
         known["auto"] = str(lm.copy(domain="auto").ref)
         wanted = known if adapters == "all" else adapters(name, predictor) if callable(adapters) else adapters
         chosen = [BASE]

@@ -15,12 +15,14 @@ from dspy_lora.optimizers.asking import Bank, IRTEvaluationPolicy
 from dspy_lora.optimizers.candidates import Adapters, Candidate, Space, assignment, with_arms
 from dspy_lora.optimizers.choosing import choose
 from dspy_lora.optimizers.component_selector import MostWrongSelector
+from dspy_lora.optimizers.outages import Passing
 from dspy_lora.optimizers.proposers import RuleProposer
 from dspy_lora.optimizers.racing import Assignment, Race, Racer
 from dspy_lora.optimizers.reflection import Reflection, alternatives, objectives
 from dspy_lora.optimizers.results import Found, LoRAGEPAResult
 from dspy_lora.optimizers.rollouts import Rollouts
 from dspy_lora.optimizers.run_log import RunLog, digest
+from dspy_lora.optimizers.run_settings import configured_settings, lm_settings, named, program_settings
 from gepa import optimize
 from gepa.strategies.proposal_sampling import IndependentSampling
 
@@ -53,7 +55,7 @@ class LoRAGEPA(dspy.GEPA, Teleprompter):  # Teleprompter again: MLflow's autolog
             the rows come first that told most in it by item response theory. In simulated races
             (``tests/test_racing.py``) it wins as often, 27 against 28 of 30, and where three rows in five are right
             whatever the adapters, 26 against 20.
-        select_adapters: Whether adapters are chosen; else every predictor keeps its own.
+        select_adapters: Whether adapters are chosen; else every predictor keeps its own, and there is no race.
         optimize_prompts: Whether instructions are evolved.
         prior: Plausibility of an adapter (``"legal@0123456789ab"`` or ``"none"``) for a predictor by name, such as a
             router's similarity; decides between equals in the race.
@@ -140,11 +142,13 @@ class LoRAGEPA(dspy.GEPA, Teleprompter):  # Teleprompter again: MLflow's autolog
 
         Raises:
             ConfigError: No training rows, no LoRALM, a teacher, or a ``log_dir`` of another run.
+            LMError: An LM is out of reach, or another outage (``outages.py``). With a ``log_dir`` the run goes on from
+                there when it is compiled again.
         """
         if teacher is not None:
             raise ConfigError("LoRAGEPA takes no teacher")
         train, val = self._rows(trainset, valset)
-        run = _Run(self, Space(student, self._lm(student), self.adapters if self.select_adapters else ()), train, val)
+        run = _Run(self, Space(student, self._lm(student), self.adapters if self.select_adapters else None), train, val)
         result = run.result()
         program = run.space.build(result.found[result.best_idx].candidate)
         program._compiled = True
@@ -215,23 +219,28 @@ class _Run:
         return {
             "train": digest(*(row.toDict() for row in self.train)),
             "val": digest(*(row.toDict() for row in self.val)),
-            "program": self.space.start,
+            "program": program_settings(self.space.student),
             "adapters": self.space.arms,
             "base": self.space.lm.base.revision,
-            "metric": getattr(owner.metric_fn, "__qualname__", repr(owner.metric_fn)),
+            "lm": lm_settings(self.space.lm),
+            "reflection_lm": lm_settings(owner.reflection_lm),
+            "configured": configured_settings(),
+            "metric": named(owner.metric_fn),
+            "failure_score": owner.failure_score,
+            "perfect_score": owner.perfect_score,
             "metric_calls": self.total,
             "adapter_budget": owner.adapter_budget,
             "race_rows": owner.race_rows,
             "optimize_prompts": owner.optimize_prompts,
             "minibatch": owner.reflection_minibatch_size,
-            "component_selector": _named(owner.component_selector),
-            "instruction_proposer": _named(owner.custom_instruction_proposer),
+            "component_selector": named(owner.component_selector),
+            "instruction_proposer": named(owner.custom_instruction_proposer),
             "val_evaluation_policy": repr(policy) if isinstance(policy, IRTEvaluationPolicy) else type(policy).__name__,
             "seed": self.seed,
         }
 
     def _shares(self) -> _Shares:
-        """Both ends are scored on all validation rows whatever happens; the rest is shared out.
+        """Both ends of the race are scored on all validation rows whatever happens; the rest is shared out.
 
         Raises:
             ConfigError: The budget does not hold that.
@@ -244,7 +253,7 @@ class _Run:
             )
         choices = math.prod(len(arms) for arms in self.space.arms.values())
         if choices == 1:
-            return _Shares(0, 0, left)
+            return _Shares(0, 0, left + len(self.val))
         if not self.owner.optimize_prompts:
             return _Shares(left, 0, 0)
         race = min(round(self.total * self.owner.adapter_budget), left)
@@ -317,7 +326,7 @@ class _Run:
     def _evolve(self, seed_candidate: Candidate, reflection: Reflection, parent: int) -> list[Found]:
         """GEPA from the race's winner; returns what it found beside that, parents as indices of all that was found."""
         owner = self.owner
-        result = optimize(
+        result = _gepa(
             seed_candidate=seed_candidate,
             trainset=list(self.train),
             valset=list(self.val),
@@ -407,6 +416,14 @@ def _nearest(index: int, parents: Sequence[Sequence[int | None]], kept: Containe
     return list(dict.fromkeys(found))
 
 
+def _gepa(**given: Any) -> Any:
+    """``gepa.optimize``, which raises an outage that a proposer met."""
+    try:
+        return optimize(**given)
+    except Passing as passing:
+        raise passing.error from passing.error.__cause__
+
+
 class _Quiet:
     """GEPA's log lines at debug level."""
 
@@ -419,10 +436,3 @@ def _built_in() -> Any:
     from dspy.teleprompt.gepa.instruction_proposal import InstructionProposer
 
     return InstructionProposer()
-
-
-def _named(part: Any) -> str | None:
-    """What stands in a run's settings for a part: a word as it is, a function or class by its name."""
-    if part is None or isinstance(part, str):
-        return part
-    return str(getattr(part, "__qualname__", type(part).__qualname__))

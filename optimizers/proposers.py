@@ -16,11 +16,20 @@ _STOP = frozenset(
     "would shall should may might must been being into than then there here all any some such only other more most "
     "very also just about over under between does did done per via".split()
 )
+# What follows the right answer: what was given instead ("..., got billing"), or the sentence's end, which the last
+# period of "U.S." is not.
+_GIVEN = r"\s*(?:[.,;(]\s*(?:but\s+)?|\sbut\s+)(?:you\s+)?(?:got|received|said|gave|answered|wrote)\b|\s+got\s*[:=]"
+_END = rf"(?:{_GIVEN}|(?<!\.[a-z])\.\s|\.?\s*$|\n)"
 _GOLD = re.compile(
-    r"(?:right|correct|expected|true|gold|wanted|reference)[\w ]{0,30}?(?:\bis\b|\bwas\b|:|=)\s*[\"'`]?"
-    r"(?P<gold>[^\n]+?)[\"'`]?(?:\.\s|\.?\s*$|\n)",
+    r"(?<!not )\b(?:right|correct|expected|true|gold|wanted|reference)"
+    r"(?:(?!\b(?:but|got)\b)[\w ]){0,30}?(?:\bis\b|\bwas\b|:|=)\s*"
+    rf"(?:(?P<quote>[\"'`])(?P<quoted>[^\n]+?)(?P=quote)(?=[\s.;)]|$|{_GIVEN})"
+    rf"|[\"'`]?(?P<said>[^\n]+?)[\"'`]?{_END})"
+    r"|\bexpected\s+[\"'`]?(?P<expected>[^\n.:=]+?)[\"'`]?,?\s+(?:but\s+)?got\b",
     re.IGNORECASE,
 )
+RIGHT_ANSWER = "Right answer"  # of a record, where the row itself holds it
+
 _PRIOR = 0.2  # pseudo-counts of a word in the informative prior, times its frequency
 _FEW_LABELS = 30  # labels that are listed in an instruction
 
@@ -43,7 +52,7 @@ class Row:
 def gold_in_feedback(feedback: str) -> str | None:
     """The right answer in a feedback such as "The right answer is refund." or "expected: refund"; None without one."""
     match = _GOLD.search(feedback)
-    return match["gold"].strip() if match else None
+    return (match["quoted"] or match["said"] or match["expected"]).strip() if match else None
 
 
 class RuleProposer:
@@ -92,10 +101,13 @@ class RuleProposer:
         return proposed
 
     def row_of(self, record: Mapping[str, Any]) -> Row | None:
-        """What a reflective record shows: its text, its answer and the right one; None where that is not said."""
+        """What a reflective record shows: its text, its answer and the right one; None where that is not said.
+
+        The feedback is read for the right answer where the record does not hold it as ``RIGHT_ANSWER``.
+        """
         inputs, outputs = record["Inputs"], record["Generated Outputs"]
         text = " ".join(str(value) for value in inputs.values()) if isinstance(inputs, Mapping) else str(inputs)
-        gold = self.gold(str(record.get("Feedback", "")))
+        gold = record.get(RIGHT_ANSWER) or self.gold(str(record.get("Feedback", "")))
         answers = (
             [str(value) for key, value in outputs.items() if key != "reasoning"] if isinstance(outputs, dict) else []
         )

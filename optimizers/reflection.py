@@ -10,6 +10,7 @@ from typing import Any
 
 import dspy
 from dspy_lora.optimizers.candidates import BASE, KEPT, Candidate, arm_of, decode, encode, with_arms
+from dspy_lora.optimizers.outages import Passing, is_outage
 from dspy_lora.optimizers.proposers import RuleProposer
 from dspy_lora.optimizers.rollouts import Rollout, Rollouts
 from dspy_lora.optimizers.run_log import RunLog, digest
@@ -27,7 +28,7 @@ class Reflection(GEPAAdapter[dspy.Example, Rollout, None]):
 
     Args:
         rollouts: Runs candidates.
-        log: Keeps proposals.
+        log: Keeps instructions that were written.
         proposer: Writes instructions, as DSPy's ``instruction_proposer``.
         reflection_lm: The LM in whose context the proposer runs; None leaves the context as it is.
         alternatives: Adapters of each predictor that the race liked, for moves.
@@ -35,6 +36,9 @@ class Reflection(GEPAAdapter[dspy.Example, Rollout, None]):
         move_calls: Metric calls that moves may spend.
         perfect_score: From here on a row did not fail.
         seed: Of the moves.
+
+    Attributes:
+        moves: One line a move that was tried.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class Reflection(GEPAAdapter[dspy.Example, Rollout, None]):
         self.alternatives, self.trainset, self.move_calls = alternatives, trainset, move_calls
         self.perfect_score, self.seed = perfect_score, seed
         self.moves: list[str] = []
+        self._moved: dict[str, dict[str, str] | None] = {}  # by proposal
 
     # -- evaluation ------------------------------------------------------------------------------------------------
 
@@ -101,12 +106,30 @@ class Reflection(GEPAAdapter[dspy.Example, Rollout, None]):
         reflective_dataset: Mapping[str, Sequence[Mapping[str, Any]]],
         components_to_update: list[str],
     ) -> dict[str, str]:
-        """A move of one predictor to another adapter, where the rows suggest it; else new instructions."""
+        """A move of one predictor to another adapter, where the rows suggest it; else new instructions.
+
+        Raises:
+            Passing: An LM is out of reach.
+        """
         self._remember(reflective_dataset)
-        key = digest("proposal", candidate, reflective_dataset, components_to_update)
+        try:
+            return self._proposal(candidate, reflective_dataset, components_to_update)
+        except Exception as exc:
+            if is_outage(exc):  # GEPA would go on without this proposal
+                raise Passing(exc) from exc
+            raise
+
+    def _proposal(
+        self, candidate: Candidate, dataset: Mapping[str, Sequence[Mapping[str, Any]]], components: list[str]
+    ) -> dict[str, str]:
+        """A run that goes on moves again: the log answers its rows, and what they cost is charged as before."""
+        key = digest("proposal", candidate, dataset, components)
+        if key not in self._moved:  # GEPA asks again for a step of which one proposer raised
+            self._moved[key] = self._move(candidate, dataset, components, Random(f"{self.seed}{key}"))
+        if (moved := self._moved[key]) is not None:
+            return dict(moved)
         if (known := self.log.get(key)) is None:
-            known = self._move(candidate, reflective_dataset, components_to_update, Random(f"{self.seed}{key}"))
-            known = known or self._instructions(candidate, reflective_dataset, components_to_update)
+            known = self._instructions(candidate, dataset, components)
             self.log.put(key, known)
         return dict(known)
 

@@ -10,6 +10,7 @@ import dspy
 from dspy.utils.exceptions import AdapterParseError
 from dspy.utils.parallelizer import ParallelExecutor
 from dspy_lora.optimizers.candidates import Candidate
+from dspy_lora.optimizers.outages import is_outage
 from dspy_lora.optimizers.run_log import RunLog, digest
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,12 @@ class Rollouts:
         self._seen: set[str] = set()
 
     def run(self, pairs: Sequence[Pair], traced: bool = False) -> list[Rollout]:
-        """Answers pairs in their order."""
+        """Answers pairs in their order.
+
+        Raises:
+            LMError: The LM is out of reach, or another outage (``outages.py``). Answers that came before it, and those
+                that were under way, are in the log; the pair that met it is not, and is asked again.
+        """
         keys = [digest("rollout", traced, candidate, example.toDict()) for candidate, example in pairs]
         new = {key: pair for key, pair in zip(keys, pairs, strict=True) if self.log.get(key) is None}
         if new:
@@ -88,19 +94,26 @@ class Rollouts:
 
     def _run_new(self, new: dict[str, Pair], traced: bool) -> None:
         programs = {digest(candidate): self.space.build(candidate) for candidate, _ in new.values()}
+        raised: list[Exception] = []
 
         def run(item: tuple[str, Pair]) -> None:
+            if raised:
+                return  # the others would meet the same outage, each after its retries
             key, (candidate, example) = item
-            self.log.put(key, asdict(self._one(programs[digest(candidate)], example, traced)))
+            try:
+                self.log.put(key, asdict(self._one(programs[digest(candidate)], example, traced)))
+            except Exception as exc:  # noqa: BLE001 - raised below, when those under way have ended
+                raised.append(exc)
 
         began = time.monotonic()
-        executor = ParallelExecutor(self.threads, max_errors=len(new) + 1, disable_progress_bar=True, timeout=0)
+        executor = ParallelExecutor(self.threads, disable_progress_bar=True, timeout=0)
         executor.execute(run, list(new.items()))
         self.seconds += time.monotonic() - began
-        for exc in executor.exceptions_map.values():
-            raise exc  # not the program's or the metric's, which are caught
+        if raised:
+            raise raised[0]
 
     def _one(self, program: dspy.Module, example: dspy.Example, traced: bool) -> Rollout:
+        """One answer; what the program or the metric raises is its failure, but for an outage."""
         with dspy.context(trace=[]), dspy.track_usage() as tracker:
             failed: AdapterParseError | None = None
             prediction, error = None, None
@@ -109,7 +122,9 @@ class Rollouts:
                 prediction = program(**example.inputs())
             except AdapterParseError as exc:
                 failed, error = exc, f"the answer could not be parsed: {exc.lm_response[:500]}"
-            except Exception as exc:  # noqa: BLE001 - whatever the program raises is this example's failure
+            except Exception as exc:
+                if is_outage(exc):
+                    raise
                 error = f"{type(exc).__name__}: {exc}"
             seconds = time.monotonic() - began
             trace = list(dspy.settings.trace)
@@ -119,7 +134,9 @@ class Rollouts:
                 score, objectives, _ = scored(self.metric(example, prediction, trace, None, None))
                 records = self._records(program, example, prediction, trace) if traced else {}
                 return Rollout(score, objectives, None, records, usage, seconds)
-            except Exception as exc:  # noqa: BLE001 - one example's metric may fail
+            except Exception as exc:
+                if is_outage(exc):  # of an LM that judges
+                    raise
                 error = f"the metric raised {type(exc).__name__}: {exc}"
                 logger.warning("%s on %s", error, str(example)[:200])
         records = {}

@@ -8,6 +8,7 @@ run ends.
 import hashlib
 import json
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,20 +67,36 @@ class RunLog:
 
 
 def digest(*parts: Any) -> str:
-    """A short name of anything JSON can write; what it cannot is taken by its ``repr``."""
-    text = json.dumps(parts, sort_keys=True, default=repr, ensure_ascii=False)
+    """A short name of anything JSON can write; for what it cannot see ``plain``."""
+    text = json.dumps(parts, sort_keys=True, default=plain, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
+def plain(value: Any) -> Any:
+    """What JSON cannot write: a set, whose order changes from process to process, sorted; the rest by ``repr``."""
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=digest)
+    return repr(value)
+
+
 def _check_settings(file: Path, settings: dict[str, Any]) -> None:
-    settings = json.loads(json.dumps(settings, default=repr))
+    settings = json.loads(json.dumps(settings, default=plain))
     if not file.exists():
         file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         return
-    before = json.loads(file.read_text(encoding="utf-8"))
-    differ = sorted(key for key in {*before, *settings} if before.get(key) != settings.get(key))
+    before, now = dict(_leaves(json.loads(file.read_text(encoding="utf-8")))), dict(_leaves(settings))
+    differ = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
     if differ:
-        shown = "; ".join(f"{key} was {before.get(key)!r}, is {settings.get(key)!r}" for key in differ)
+        shown = "; ".join(f"{'.'.join(key)} was {before.get(key)!r}, is {now.get(key)!r}" for key in differ)
         raise ConfigError(
             f"log_dir={str(file.parent)!r} holds a run with other settings: {shown}. Give another one, or remove it."
         )
+
+
+def _leaves(settings: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Settings within settings, each with the names that lead to it."""
+    for key, value in settings.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, (*path, key))
+        else:
+            yield (*path, key), value

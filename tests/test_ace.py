@@ -16,6 +16,7 @@ import dspy
 import pytest
 from dspy.clients.engines.dummy_engine import AsyncDummyEngine, DummyEngine
 from dspy.utils import DummyLM
+from dspy.utils.exceptions import LMTransportError
 from dspy_lora.optimizers.ace import ACE
 from dspy_lora.optimizers.ace_learner import Learner
 from dspy_lora.optimizers.ace_roles import RULES, Curator, Reflector, RuleCurator, RuleReflector
@@ -229,6 +230,15 @@ def test_without_ground_truth_the_metric_s_feedback_is_all_it_learns_from(asked)
     assert score(ace(told, ground_truth=False).compile(Desk(), trainset=rows(32)), rows(16, 100)) == 1
 
 
+def test_labels_with_periods_are_learned_whole(asked):
+    places = {"money": "St. Louis. South", "access": "U.S. desk", "network": "No. 5"}
+    data = [dspy.Example(row, label=places[row.label]).with_inputs("text") for row in rows(32)]
+    texts = [bullet.text for bullet in ace().compile(Desk(), trainset=data).playbook.bullets]
+    assert "If it mentions password, answer U.S. desk." in texts
+    assert "If it mentions router, answer No. 5." in texts
+    assert any(text.endswith("answer St. Louis. South.") for text in texts)
+
+
 def test_a_metric_that_raises_fails_its_example_alone(asked, caplog):
     def picky(gold, pred, trace=None):
         if gold.text.startswith("3 "):
@@ -308,6 +318,30 @@ def test_a_run_that_was_killed_goes_on_and_ends_as_an_unbroken_one(asked, tmp_pa
     assert again > 0
 
 
+def test_an_outage_ends_the_run_which_goes_on_without_it(asked, tmp_path, monkeypatch):
+    sets = {"trainset": rows(32), "valset": rows(8, 100)}
+    whole = ace(track_stats=True).compile(Desk(), **sets)
+    calls, answer = len(asked), Follower._complete_messages
+    asked.clear()
+
+    def down(engine, messages):
+        if len(asked) >= 40:
+            raise dspy.lm15.TransportError("no route")
+        return answer(engine, messages)
+
+    dspy.settings.lm.num_retries = 0
+    monkeypatch.setattr(Follower, "_complete_messages", down)
+    with pytest.raises(LMTransportError, match="no route"):
+        ace(log_dir=tmp_path).compile(Desk(), **sets)
+    monkeypatch.undo()
+    assert "no route" not in (tmp_path / "answers.jsonl").read_text()
+    resumed = ace(log_dir=tmp_path, track_stats=True).compile(Desk(), **sets)
+    assert resumed.playbook.render() == whole.playbook.render()
+    assert resumed.detailed_results.failures == []
+    assert resumed.detailed_results.val_scores == whole.detailed_results.val_scores
+    assert len(asked) <= calls
+
+
 def metric_as(other):
     """The metric under another one's name, as it has after a restart."""
 
@@ -322,6 +356,15 @@ def test_a_log_of_another_run_is_refused(asked, tmp_path):
     ace(log_dir=tmp_path).compile(Desk(), trainset=rows(8))
     with pytest.raises(ConfigError, match="seed was 0, is 1"):
         ace(log_dir=tmp_path, seed=1).compile(Desk(), trainset=rows(8))
+    taught = Desk()
+    taught.sort.demos = rows(1)
+    with pytest.raises(ConfigError, match=r"program\.predictors\.self\.sort\.demos was 'none', is '1, "):
+        ace(log_dir=tmp_path).compile(taught, trainset=rows(8))
+    with pytest.raises(ConfigError, match=r"reflector\.modules\.self\.class was 'RuleReflector', is 'Note'"):
+        ace(log_dir=tmp_path, reflector=Note()).compile(Desk(), trainset=rows(8))
+    dspy.settings.lm.kwargs["temperature"] = 0.7
+    with pytest.raises(ConfigError, match=r"configured\.lm\.temperature was 0\.0, is 0\.7"):
+        ace(log_dir=tmp_path).compile(Desk(), trainset=rows(8))
 
 
 @pytest.mark.parametrize(
@@ -493,6 +536,16 @@ def test_feedback_alone_teaches_without_metric_and_ground_truth(asked):
         online.learn(rows(1)[0])
     with pytest.raises(DataError, match="none of the last"):
         online.feedback(dspy.Prediction(label="x"), 1.0)
+
+
+def test_an_outage_of_a_judge_is_no_lesson(asked):
+    def judge(gold, pred, trace=None):
+        raise LMTransportError("the judge is out of reach")
+
+    online = ace(judge).online(Desk())
+    with pytest.raises(LMTransportError, match="out of reach"):
+        online.learn(rows(1)[0])
+    assert len(online.playbook) == 0
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import pytest
 from dspy import lm15
 
 from dspy_lora.adapters.base import Base
+from dspy_lora.adapters.revision import Revision
 from dspy_lora.config import load_config
 from dspy_lora.engine import client as client_module
 from dspy_lora.engine.client import EngineClient, close_engines, engine_client
@@ -105,6 +106,10 @@ def host(number=0, ready=True):
         StandIn.made[number].replies.put(Ready({"device": "none"}))
         eventually(lambda: StandIn.made[number].ready)
     return StandIn.made[number]
+
+
+def published(name, path, base=SETTINGS.base.name):
+    return Revision(name, "1", Path(path), base=SETTINGS.base.revision, base_name=base, rank=8)
 
 
 def ask(client, on_delta=None):
@@ -234,7 +239,7 @@ async def test_a_value_that_cannot_be_sent_is_dspy_s_error_of_that_call(client, 
 
 
 def test_an_adapter_whose_path_cannot_be_sent_does_not_fail_the_start(client):
-    adapters = [SimpleNamespace(ref=f"{path}@1", path=path, base=SETTINGS.base.revision) for path in ("\udcff", "a")]
+    adapters = [published("first", "\udcff"), published("second", "a")]
     client.registries = {Path("/1"): SimpleNamespace(list=lambda: adapters)}
     call = ask(client)
     eventually(lambda: StandIn.made)
@@ -447,9 +452,8 @@ def test_after_ctrl_c_ended_the_program_calls_fail_and_no_engine_starts(client, 
 
 
 def test_an_engine_that_starts_is_told_of_the_adapters_that_registries_have_for_its_base(client):
-    mine, other = SETTINGS.base.revision, "another"
-    first = [SimpleNamespace(ref=f"a{i}@1", path=Path(f"/a{i}"), base=mine) for i in range(3)]
-    second = [SimpleNamespace(ref="b@1", path=Path("/b"), base=other), SimpleNamespace(ref="c@1", path="/c", base=mine)]
+    first = [published(f"a{i}", f"/a{i}") for i in range(3)]
+    second = [published("b", "/b", base="another"), published("c", "/c")]
     client.registries = {
         Path("/1"): SimpleNamespace(list=lambda: first),
         Path("/2"): SimpleNamespace(list=lambda: raises(AdapterError("not readable"))),
@@ -467,8 +471,7 @@ def test_an_engine_that_starts_is_told_of_the_adapters_that_registries_have_for_
 
 
 def test_an_engine_without_lora_is_told_of_no_adapters(client):
-    mine = SimpleNamespace(ref="a@1", path=Path("/a"), base=SETTINGS.base.revision)
-    client.registries = {Path("/1"): SimpleNamespace(list=lambda: [mine])}
+    client.registries = {Path("/1"): SimpleNamespace(list=lambda: [published("a", "/a")])}
 
     call = ask(client)
     eventually(lambda: StandIn.made)

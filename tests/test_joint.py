@@ -108,6 +108,18 @@ def test_the_table_names_every_method_and_both_times(lm, monkeypatch, capsys, tm
         assert f"two{' ' * 39}{method}" in out
 
 
+def test_gepa_after_the_adapters_keeps_them(lm):
+    two = problem()
+    answers = ask_all(two.parts(), two.train, lm, joint.metric, 4)
+    found = joint.methods(two, lm, 120, 0, 4, answers)
+    best, _ = found["every assignment, then GEPA"]
+    assert [predictor.lm.ref for predictor in best.predictors()] == list(answers.best().values())
+    assert best.detailed_results.race_calls == 0
+    then, _ = found["adapters, then GEPA"]
+    assert then.detailed_results.race_calls == 0
+    assert len({tuple(each.adapters.values()) for each in then.detailed_results.found}) == 1
+
+
 def test_feedback_is_the_predictor_s_own():
     gold = dspy.Example(wanted={"first": "a", "second": "b"})
     pred = dspy.Prediction(answers={"first": "a", "second": "c"})

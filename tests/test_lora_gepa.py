@@ -3,17 +3,22 @@
 import json
 import re
 import threading
+import time
 from random import Random
+from typing import Literal
 from zlib import crc32
 
 import dspy
 import pytest
 from dspy.clients.engines.dummy_engine import AsyncDummyEngine, DummyEngine
 from dspy.utils import DummyLM
-from dspy_lora.optimizers import LoRAGEPA, candidates
+from dspy.utils.exceptions import LMServerError
+from dspy_lora.optimizers import LoRAGEPA, candidates, lora_gepa
 from dspy_lora.optimizers.asking import IRTEvaluationPolicy
 from dspy_lora.optimizers.candidates import Space, decode
 from dspy_lora.optimizers.reflection import Reflection
+from dspy_lora.optimizers.rollouts import Rollouts
+from dspy_lora.optimizers.run_log import RunLog
 from gepa.proposer.merge import sample_and_attempt_merge_programs_by_common_predictors
 from hypothesis import given
 from hypothesis import strategies as st
@@ -164,6 +169,31 @@ def test_two_predictors_of_equal_signatures_get_an_adapter_each(monkeypatch):
     }
 
 
+def test_without_selection_predictors_keep_their_adapters_and_nothing_is_raced(world):
+    world.knows = {"none": tuple(LABELS)}  # a race would take the adapter away
+    student = Two()
+    student.first.lm = LoRALM(domain="financial")
+    own = {"first": student.first.lm.ref, "second": "none"}
+    sets = {"trainset": rows(40), "valset": rows(40, shift=40)}
+    result = optimizer(select_adapters=False).compile(student, **sets).detailed_results
+    assert all(found.adapters == own for found in result.found)
+    assert (result.race_calls, result.race, result.moves) == (0, [], [])
+
+
+def test_without_selection_gepa_gets_the_whole_budget(world, monkeypatch):
+    world.knows, given = {}, []
+
+    def watched(real=lora_gepa.optimize, **kwargs):
+        given.append(kwargs["max_metric_calls"])
+        return real(**kwargs)
+
+    monkeypatch.setattr(lora_gepa, "optimize", watched)
+    sets = {"trainset": rows(40), "valset": rows(40, shift=40)}
+    optimizer(select_adapters=False).compile(dspy.Predict("text -> label"), **sets)
+    optimizer().compile(dspy.Predict("text -> label"), **sets)
+    assert given == [400, 160]  # of the other's, a race and moves get 160 and 40, the race's winner 40
+
+
 def test_equal_adapters_gain_nothing(monkeypatch):
     World(monkeypatch, dict.fromkeys(KNOWS, ()))
     compiled = optimizer(optimize_prompts=False).compile(
@@ -221,7 +251,8 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing catches it."""
 
 
-def test_a_killed_run_goes_on_without_asking_again_and_ends_as_an_unbroken_one(world, tmp_path):
+@pytest.mark.parametrize("death", [150, 290], ids=["in the race", "after a move"])
+def test_a_killed_run_goes_on_without_asking_again_and_ends_as_an_unbroken_one(world, tmp_path, death):
     world.knows = {"financial": KNOWS["financial"]}
     program, sets = dspy.Predict("text -> label"), {"trainset": rows(40), "valset": rows(40, shift=40)}
     whole = optimizer(log_dir=str(tmp_path / "whole"), num_threads=1).compile(program, **sets)
@@ -230,7 +261,7 @@ def test_a_killed_run_goes_on_without_asking_again_and_ends_as_an_unbroken_one(w
     def dying(*args):
         with lock:
             count[0] += 1
-            if count[0] == 150:
+            if count[0] == death:
                 raise Killed
         return metric(*args)
 
@@ -244,7 +275,8 @@ def test_a_killed_run_goes_on_without_asking_again_and_ends_as_an_unbroken_one(w
         file.write('{"key": "torn')
     resumed = optimizer(log_dir=str(tmp_path / "cut"), num_threads=1).compile(program, **sets)
     assert len(world.asked) <= calls + 1  # the row under which it died
-    for name in ("found", "ranking", "choice", "metric_calls", "race"):
+    assert whole.detailed_results.moves
+    for name in ("found", "ranking", "choice", "metric_calls", "race", "moves", "usage"):
         assert getattr(resumed.detailed_results, name) == getattr(whole.detailed_results, name)
     assert (tmp_path / "cut" / "report.html").read_text().count("<circle") == len(whole.detailed_results.found)
 
@@ -262,6 +294,145 @@ def test_a_log_of_another_run_is_refused_with_what_differs(world, tmp_path):
         )
     with pytest.raises(ConfigError, match="train was"):
         optimizer(log_dir=str(tmp_path), max_metric_calls=120).compile(program, trainset=rows(11), valset=rows(10))
+
+
+def refused(log_dir, match, program=None, **kwargs):
+    with pytest.raises(ConfigError, match=match):
+        optimizer(log_dir=str(log_dir), max_metric_calls=120, **kwargs).compile(
+            program or dspy.Predict("text -> label"), trainset=rows(10), valset=rows(10)
+        )
+
+
+def test_a_log_of_another_program_is_refused(world, tmp_path):
+    student = dspy.Predict("text -> label")
+    optimizer(log_dir=str(tmp_path), max_metric_calls=120).compile(student, trainset=rows(10), valset=rows(10))
+    taught = student.deepcopy()
+    taught.demos = rows(1, shift=100)
+    refused(tmp_path, r"program\.predictors\.self\.demos was 'none', is '1, \w+'", taught)
+    typed = dspy.Predict(student.signature.with_updated_fields("label", type_=Literal["fruit", "tool"]))
+    refused(tmp_path, r"fields\.label was 'output str.*Literal\['fruit', 'tool'\]", typed)
+    described = dspy.Predict(student.signature.with_updated_fields("text", desc="a note"))
+    refused(tmp_path, r"fields\.text was .*, is 'input str: a note'", described)
+    refused(tmp_path, r"config\.temperature was None, is 0\.3", dspy.Predict("text -> label", temperature=0.3))
+    refused(tmp_path, "modules.self.class was 'Predict', is 'Two'", Two())
+    refused(tmp_path, r"lm\.max_tokens was 1024, is 8\.", lm=LoRALM(max_tokens=8))
+    refused(tmp_path, r"failure_score was 0\.0, is -1\.0", failure_score=-1.0)
+    refused(tmp_path, "reflection_lm.class was None, is 'DummyLM'", reflection_lm=DummyLM([]))
+    with dspy.context(adapter=dspy.JSONAdapter()):
+        refused(tmp_path, r"dspy_adapter\.class was 'ChatAdapter', is 'JSONAdapter'")
+
+
+def test_a_move_is_charged_once_where_its_step_is_asked_for_again(world):
+    world.knows, moves = {}, []
+    space, log = Space(dspy.Predict("text -> label"), LoRALM(), ["legal"]), RunLog(None, {})
+
+    def proposer(candidate, reflective_dataset, components_to_update):
+        raise RuntimeError("no idea")
+
+    for seed in range(10):  # three in ten try a move, which gains nothing
+        rollouts = Rollouts(space, metric, log, 1, 0.0)
+        reflection = Reflection(rollouts, log, proposer, None, space.arms, rows(8), 100, 1.0, seed)
+        records = {"self": [{"Inputs": {}, "Generated Outputs": {}, "Feedback": "no", "Score": 0.0}]}
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="no idea"):
+                reflection.propose_new_texts(space.start, records, ["self"])
+        assert reflection.move_calls == 100 - 16 * len(reflection.moves)
+        moves.append(len(reflection.moves))
+    assert set(moves) == {0, 1}
+
+
+# -- an LM that is out of reach ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fails", ["the program's LM", "the metric's LM", "the proposer's LM"])
+def test_an_outage_ends_the_run_which_goes_on_without_it(world, tmp_path, monkeypatch, fails):
+    world.knows = {}
+    program, sets = dspy.Predict("text -> label"), {"trainset": rows(40), "valset": rows(40, shift=40)}
+
+    def proposer(candidate, reflective_dataset, components_to_update):
+        if down and fails == "the proposer's LM":
+            raise LMServerError("overloaded")
+        return one_rule_more(candidate, reflective_dataset, components_to_update)
+
+    def judged(gold, pred, trace=None, pred_name=None, pred_trace=None):
+        if down and fails == "the metric's LM" and len(world.asked) > 100:
+            raise LMServerError("overloaded")
+        return metric(gold, pred)
+
+    def answered(engine, messages, real=Engine._complete_messages):
+        if down and fails == "the program's LM" and len(world.asked) > 100:
+            raise dspy.lm15.ServerError("overloaded")
+        return real(engine, messages)
+
+    def compiled(folder):
+        return optimizer(metric=judged, instruction_proposer=proposer, log_dir=str(tmp_path / folder)).compile(
+            program, **sets
+        )
+
+    monkeypatch.setattr(Engine, "_complete_messages", answered)
+    real = World.lm
+    monkeypatch.setattr(World, "lm", lambda world, arm: no_retries(real(world, arm)))
+    down = False
+    whole = compiled("whole")
+    calls, down = len(world.asked), True
+    world.asked.clear()
+    with pytest.raises(LMServerError, match="overloaded"):
+        compiled("cut")
+    assert len(world.asked) > 50
+    assert "overloaded" not in (tmp_path / "cut" / "answers.jsonl").read_text()
+    down = False
+    resumed = compiled("cut")
+    assert len(world.asked) <= calls + 4  # those whose metric the outage hit
+    for name in ("ranking", "choice", "metric_calls", "race", "moves"):
+        assert getattr(resumed.detailed_results, name) == getattr(whole.detailed_results, name)
+
+
+def no_retries(lm):
+    lm.num_retries = 0
+    return lm
+
+
+def test_answers_under_way_are_kept_and_no_more_is_asked_when_the_lm_fails():
+    failed, began = threading.Event(), []
+
+    class Slow(dspy.Module):
+        def forward(self, text):
+            began.append(text)
+            if text == "0":
+                while len(began) < 2:
+                    failed.wait(0.01)
+                failed.set()
+                raise LMServerError("overloaded")
+            failed.wait(10)
+            time.sleep(0.05)  # time for the failure to be noted
+            return dspy.Prediction(label=text)
+
+    class Space:
+        def build(self, candidate):
+            return Slow()
+
+    log = RunLog(None, {})
+    rollouts = Rollouts(Space(), lambda *_: 1.0, log, 2, 0.0)
+    pairs = [({"self": ""}, dspy.Example(text=str(i)).with_inputs("text")) for i in range(20)]
+    with pytest.raises(LMServerError, match="overloaded"):
+        rollouts.run(pairs)
+    assert sorted(began[:2]) == ["0", "1"]
+    assert len(log) == len(began) - 1 < 19
+    assert rollouts.calls == 0
+
+
+def test_a_prompt_that_is_too_long_fails_its_row_alone(world, monkeypatch):
+    def answered(engine, messages, real=Engine._complete_messages):
+        if "row 1 " in messages[-1]["content"]:
+            raise dspy.lm15.ContextLengthError("too long")
+        return real(engine, messages)
+
+    monkeypatch.setattr(Engine, "_complete_messages", answered)
+    compiled = optimizer(optimize_prompts=False).compile(
+        dspy.Predict("text -> label"), trainset=rows(20), valset=rows(24)
+    )
+    found = compiled.detailed_results.found[compiled.detailed_results.best_idx]
+    assert (found.val_scores[1], sum(found.val_scores)) == (0.0, 23)
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 import pytest
-from dspy_lora.optimizers.proposers import Row, RuleProposer, gold_in_feedback, telling_words
+from dspy_lora.optimizers.proposers import RIGHT_ANSWER, Row, RuleProposer, gold_in_feedback, telling_words
 
 
 def record(text, gold, given="other"):
@@ -24,11 +24,29 @@ RECORDS = [record(text, "money") for text in REFUNDS] + [record(text, "access", 
         ("Wrong. Expected: 'pump; line'\nTry again.", "pump; line"),
         ("The correct label was Dispute Resolution. You said: Other.", "Dispute Resolution"),
         ("expected answer = 42", "42"),
+        ("The expected value is 4.2. You said 5.", "4.2"),
+        ("The right answer is A. You said B.", "A"),
+        ("The right answer is U.S. law.", "U.S. law"),
+        ("Wrong: the correct place is 'St. Louis'. You said 'Dallas'.", "St. Louis"),
+        ("The right answer is She got lost.", "She got lost"),
+        ("Incorrect: expected refund, got billing.", "refund"),
+        ("Incorrect: the right label is refund.", "refund"),
+        ("Not right: expected refund but got billing.", "refund"),
+        ("Expected: refund. got: billing", "refund"),
+        ("The right answer is refund, but you said billing.", "refund"),
+        ("That is incorrect: try again.", None),
         ("This trajectory got a score of 0.", None),
     ],
 )
 def test_the_right_answer_is_read_from_feedback(feedback, gold):
     assert gold_in_feedback(feedback) == gold
+
+
+@pytest.mark.parametrize("label", ["St. Louis", "No. 5. Or 6", "a, but you said b", "U.S."])
+def test_a_right_answer_that_the_record_holds_is_not_read_from_feedback(label):
+    told = record("where is it", label, given=label) | {"Feedback": f"The right answer is {label}."}
+    row = RuleProposer().row_of(told | {RIGHT_ANSWER: label})
+    assert row == Row("where is it", label, True)
 
 
 def test_words_that_tell_labels_apart_are_found_and_others_are_not():
