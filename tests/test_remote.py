@@ -485,6 +485,16 @@ def echo():
         server.shutdown()
 
 
+def test_an_event_loop_that_has_ended_leaves_no_connection(echo):
+    lm = LoRALM("seedling", api_base=echo, num_retries=0, cache=False)
+    ended = set()
+    for _ in range(3):
+        assert asyncio.run(lm.acall("First.")) == ["First."]
+        [loop] = lm._async_engine_spec._routers
+        ended.add(loop)
+    assert len(ended) == 3
+
+
 def run_fork(address, code):
     """Runs a program that forks; nothing of it may take long."""
     start = f"""

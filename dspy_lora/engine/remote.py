@@ -306,8 +306,16 @@ class AsyncRemoteEngine(_Remote):
     def _router(self) -> lm15.AsyncLMRouter:
         loop = asyncio.get_running_loop()
         if loop not in self._routers:
+            self._drop_ended()
             self._routers[loop] = lm15.AsyncLMRouter(self._config())
         return self._routers[loop]
+
+    def _drop_ended(self) -> None:
+        """Closes the connections of event loops that have ended, which hold on to their loop."""
+        for reference in self._routers.keyrefs():  # a list: other threads add theirs
+            loop = reference()
+            if loop is not None and loop.is_closed():
+                self._routers.pop(loop, None)
 
     async def complete(self, request: lm15.Request) -> lm15.Response:
         """Answers one request; the samples of one call are one request."""
