@@ -224,10 +224,11 @@ def _parts(candidate: Candidate) -> tuple[Any, ...]:
 
 
 def _arguments(text: str) -> dict[str, Any]:
+    """Arguments of a tool call; those that are not JSON, or are no object, under the names that lm15 gives a server's."""
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as exc:
-        raise lm15.ServerError(f"the model's tool call has arguments that are not JSON: {text!r}") from exc
+    except json.JSONDecodeError:
+        return {"partial_json": text}
     return value if isinstance(value, dict) else {"value": value}
 
 
