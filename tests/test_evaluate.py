@@ -1,6 +1,7 @@
 """Evaluation of an adapter: measures against scikit-learn, tests against enumeration, the command on stand-in LMs."""
 
 import argparse
+import enum
 import itertools
 import json
 import math
@@ -8,6 +9,7 @@ import shutil
 
 import dspy
 import numpy as np
+import pydantic
 import pytest
 from dspy.utils import DummyLM
 from hypothesis import given, settings
@@ -212,6 +214,38 @@ def test_an_answer_that_cannot_be_parsed_counts_as_wrong_and_is_counted():
     assert [each.measure for each in evaluation.measures] == ["exact match", "macro-F1"]
 
 
+class Kind(enum.Enum):
+    """Of a clause."""
+
+    TERM = "term"
+    RIGHTS = "audit rights"
+
+
+class Length(pydantic.BaseModel):
+    """Of a term."""
+
+    months: int
+    open: bool = False
+
+
+@pytest.mark.parametrize(
+    ("kind", "references", "answers"),
+    [
+        (Kind, ["term", "audit rights"], ["term", "audit rights"]),
+        (Length, [{"months": 3}, {"months": 4}], ['{"months": 3, "open": false}', '{"open": false, "months": 4}']),
+        (bool, ["true", "false"], ["True", "False"]),
+        (float, [3, 4], ["3.0", "4"]),
+        (str, ["one\r\ntwo", "three "], ["one\ntwo", "three"]),
+    ],
+)
+def test_answers_of_any_type_are_compared_by_value(kind, references, answers):
+    signature = dspy.Signature({"text": (str, dspy.InputField()), "label": (kind, dspy.OutputField())})
+    rows = [{"text": f"clause {i}", "label": label} for i, label in enumerate(references)]
+    swapped = stand_in(answers[::-1], rows)
+    exact = evaluate_adapter(stand_in(answers, rows), swapped, signature, rows, turns=0).measures[0]
+    assert (exact.adapter.value, exact.base.value) == (1.0, 0.0)
+
+
 def test_a_broken_engine_is_an_error_not_a_wrong_answer():
     with pytest.raises(Exception, match="the engine died"):
         ask([Broken()], SIGNATURE, ROWS[:3])
@@ -403,15 +437,26 @@ def test_rows_past_the_context_are_left_out_and_counted(loaded, monkeypatch):
 
 
 def test_a_batch_that_does_not_fit_is_halved(loaded, monkeypatch):
+    import torch
+
     from dspy_lora.evaluation import likelihood
 
     revision, base, examples, pair = loaded
     monkeypatch.setattr(likelihood, "_load", lambda *_: pair)
     examples, real = examples[:3], likelihood._batch
     whole = likelihood.likelihoods(base, revision.path, examples)
-    monkeypatch.setattr(likelihood, "_batch", lambda model, rows: real(model, rows) if len(rows) < 3 else None)
+
+    def at_most(size):
+        def batch(model, rows):
+            if len(rows) > size:
+                raise torch.OutOfMemoryError
+            return real(model, rows)
+
+        return batch
+
+    monkeypatch.setattr(likelihood, "_batch", at_most(2))
     assert likelihood.likelihoods(base, revision.path, examples).adapter == pytest.approx(whole.adapter, rel=1e-3)
-    monkeypatch.setattr(likelihood, "_batch", lambda *_: None)
+    monkeypatch.setattr(likelihood, "_batch", at_most(0))
     with pytest.raises(ConfigError, match="out of GPU memory"):
         likelihood.likelihoods(base, revision.path, examples)
 

@@ -12,8 +12,7 @@ for package in ("transformers", "peft", "trl", "datasets"):
 
 from dspy_lora.adapters.base import SEEDLING_FOLDER, resolve_base  # noqa: E402
 from dspy_lora.config import load_config  # noqa: E402
-from dspy_lora.errors import ConfigError  # noqa: E402
-from dspy_lora.training import command  # noqa: E402
+from dspy_lora.training import command, sft  # noqa: E402
 from dspy_lora.training.sft import TrainConfig, train  # noqa: E402
 
 SIGNATURE = dspy.Signature("text -> label", "Say which animal it is.")
@@ -70,11 +69,36 @@ def test_the_card_says_that_everything_was_trained(trained):
     assert 0 <= card["result"]["base_exact_match"] <= 1
 
 
-def test_a_finished_copy_is_left_as_it_is_and_an_unfinished_one_is_not_resumed(base, trained, tmp_path, capsys):
+def test_a_finished_copy_is_left_as_it_is(base, trained, capsys):
     train(settings(base, trained), resume=True)
     assert "is finished already" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match=r"cannot be resumed\. Start anew, without --resume"):
-        train(settings(base, tmp_path / "other"), resume=True)
+
+
+@pytest.mark.parametrize("step", [3, 4, None])
+def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(step, base, tmp_path, monkeypatch, capsys):
+    """Killed between two checkpoints, at its last step, and after it."""
+    from dspy_lora.training.watch import Watch
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == step:
+            raise KeyboardInterrupt
+
+    def save_model(*_):
+        raise KeyboardInterrupt
+
+    longer = {"max_steps": 4, "select_by": "loss", "adapter_dtype": "float32"}
+    whole, killed = (settings(base, tmp_path / name, **longer) for name in ("whole", "killed"))
+    train(whole)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if step is None:
+            patch.setattr(sft, "save_model", save_model)
+        else:
+            patch.setattr(Watch, "on_step_end", on_step_end)
+        train(killed)
+    train(killed, resume=True)
+    assert f"going on from step {2 if step else 4}, " in capsys.readouterr().out
+    first, second = ((config.output_dir / "model" / "model.safetensors").read_bytes() for config in (whole, killed))
+    assert first == second
 
 
 @pytest.mark.parametrize(

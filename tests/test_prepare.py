@@ -482,15 +482,19 @@ def test_rows_that_are_all_alike_leave_no_split() -> None:
         prepare(rows, TASK, PrepareConfig(dev=0))
 
 
-@hypothesis.given(st.integers(0, 10**6), st.sampled_from([0.5, 0.7, 0.8, 0.95]))
+@hypothesis.given(
+    st.integers(0, 10**6),
+    st.sampled_from([0.2, 0.5, 0.7, 0.8, 0.95, 1.0]),
+    st.sampled_from(["", "Dear desk, please: "]),
+)
 @hypothesis.settings(max_examples=25)
-def test_near_duplicates_are_those_that_brute_force_finds(seed: int, threshold: float) -> None:
+def test_near_duplicates_are_those_that_brute_force_finds(seed: int, threshold: float, template: str) -> None:
     rng = random.Random(seed)
     words = [rng.choice(NOUNS + VERBS) for _ in range(12)]
     texts, ranks = [], []
     for _ in range(24):
         changed = rng.sample(range(12), rng.randrange(8))
-        texts.append(" ".join(rng.choice(NOUNS) if i in changed else word for i, word in enumerate(words)))
+        texts.append(template + " ".join(rng.choice(NOUNS) if i in changed else w for i, w in enumerate(words)))
         ranks.append(rng.randrange(3))
     pairs = {
         (i, j): duplicates.jaccard(texts[i], texts[j])
@@ -512,10 +516,19 @@ def test_jaccard_looks_at_letters_and_digits() -> None:
     assert duplicates.jaccard("a", "b") == 0
 
 
-@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.8, 0.9, 1.0])
-def test_the_bands_overlook_a_pair_at_the_threshold_once_in_ten_thousand(threshold: float) -> None:
-    rows = duplicates._rows(threshold)
-    assert (1 - threshold**rows) ** (128 // rows) <= 1e-4
+def test_what_many_texts_share_makes_no_pairs_to_compare(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared, real = [], duplicates.jaccard
+    monkeypatch.setattr(duplicates, "jaccard", lambda *pair: compared.append(pair) or real(*pair))
+    rng = random.Random(0)
+    template = (
+        "Read the message of the customer with care and name the one team of the company that answers it; where two "
+        "could, take the first by alphabet, and write nothing else beside its name. The message: "
+    )
+    texts = [template + " ".join(str(rng.randrange(10**5)) for _ in range(12)) for _ in range(300)]
+    texts += [text[:-1] for text in texts[:20]]
+    ranks = [i % 2 for i in range(300)] + [2] * 20
+    assert set(duplicates.near_duplicates(texts, ranks, 0.8)) == set(range(20))
+    assert len(compared) < 40  # of 26,400 pairs
 
 
 # -- the report and the folder -----------------------------------------------------------------------------------------

@@ -179,6 +179,13 @@ def test_a_domain_of_the_adapters_name_lends_its_settings(lm, pretend, tmp_path,
     assert pretend[-1].max_steps == 77
 
 
+def test_epochs_take_the_place_of_the_configured_steps(lm, pretend):
+    lm.finetune(chats(), CHAT, {"epochs": 1}).result()
+    assert (pretend[-1].epochs, pretend[-1].max_steps) == (1, None)
+    lm.finetune(chats(), CHAT, {"epochs": 1, "max_steps": 5}).result()
+    assert (pretend[-1].epochs, pretend[-1].max_steps) == (1, 5)
+
+
 def test_the_name_of_a_chain_of_adapters_does_not_grow(trained, pretend):
     tuned = trained[3].finetune(chats(3), CHAT, {}).result()
     assert tuned.domain.startswith("base-")

@@ -149,6 +149,29 @@ def test_text_has_the_models_own_loss_and_adapter_and_copy_differ(tmp_path):
     assert len(found.tokens) == len(ids) and set(found.tokens) == {text.WINDOW - 1}
 
 
+def test_a_batch_of_text_that_does_not_fit_is_halved(monkeypatch):
+    import torch
+
+    base, adapter = resolve_base("seedling"), AdapterRegistry().resolve("legal")
+    ids, real = text.text_windows(PLAIN, base)[:3], text._window_sums
+    whole = text.text_likelihoods(ids, base, adapter.path, None)
+
+    def at_most(size):
+        def sums(model, batch):
+            if len(batch) > size:
+                raise torch.OutOfMemoryError
+            return real(model, batch)
+
+        return sums
+
+    monkeypatch.setattr(text, "_window_sums", at_most(1))
+    halved = text.text_likelihoods(ids, base, adapter.path, None)
+    assert all(halved.sums[name] == pytest.approx(sums, rel=1e-4) for name, sums in whole.sums.items())
+    monkeypatch.setattr(text, "_window_sums", at_most(0))
+    with pytest.raises(ConfigError, match=r"out of GPU memory.* or leave --text out"):
+        text.text_likelihoods(ids, base, adapter.path, None)
+
+
 def test_a_text_that_is_too_short_or_unreadable_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"has 255 tokens\. Give at least 256"):
         text.windows(list(range(255)))

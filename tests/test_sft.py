@@ -320,6 +320,23 @@ def test_the_same_seed_gives_the_same_weights(base: Path, tmp_path: Path) -> Non
     assert files[0] == files[1] != files[2]
 
 
+def test_one_gpu_of_several_is_trained_on(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import trl
+
+    made, real = [], trl.SFTConfig.__post_init__
+
+    def sees_two(self: Any) -> None:
+        real(self)
+        self._n_gpu = 2  # what transformers counts where it sees two and no launcher
+        made.append(self)
+
+    monkeypatch.setattr(trl.SFTConfig, "__post_init__", sees_two)
+    config = settings(base, tmp_path, max_steps=2, quiet=True)
+    train(config)
+    assert (made[0].n_gpu, made[0].train_batch_size) == (1, config.batch_size)
+    assert read_card(config)["result"]["steps"] == 2
+
+
 def test_settings_reach_the_adapter(base: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
@@ -645,6 +662,57 @@ def test_prompts_count_in_the_loss_by_their_weight(
     assert validation["eval_loss"] == pytest.approx(answers / count, rel=1e-3)
 
 
+@pytest.fixture(scope="module")
+def experts(base: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Makes a Mixtral of one layer, always with the same weights, with a coefficient of the loss on its router."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    def make(coefficient: float) -> Path:
+        folder = tmp_path_factory.mktemp("experts")
+        tokenizer.save_pretrained(folder)
+        torch.manual_seed(0)
+        config = MixtralConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+            num_attention_heads=2, num_key_value_heads=1, num_local_experts=4, max_position_embeddings=512,
+            router_aux_loss_coef=coefficient, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        MixtralForCausalLM(config).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def test_prompts_in_the_loss_leave_the_balance_of_experts_in_it(
+    experts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sft, "SMALL_MODEL", 0)  # micro-batches
+    losses = {}
+    for coefficient in (0.0, 0.5):
+        folder = experts(coefficient)
+        for weight in (0.0, 0.5):
+            config = settings(
+                folder, tmp_path / f"{coefficient} {weight}", train=make_rows(8), max_steps=1, eval_every=1,
+                lora_dropout=0, dtype="float32", learning_rate=1e-30, target_modules=("q_proj",),
+                prompt_loss_weight=weight, micro_batch_size=2, gradient_checkpointing=False, quiet=True,
+            )  # fmt: skip
+            train(config)
+            losses[coefficient, weight] = read_metrics(config)[0]["loss"]
+    ours, trls = (losses[0.5, weight] - losses[0.0, weight] for weight in (0.5, 0.0))
+    assert ours == pytest.approx(trls, rel=1e-3)
+    assert ours > 0.4
+
+
+@pytest.mark.parametrize("dev", [None, make_rows(4)])
+def test_a_row_that_cannot_be_rendered_is_named_by_its_number_in_the_users_rows(
+    base: Path, tmp_path: Path, dev: list[dict[str, Any]] | None
+) -> None:
+    rows = make_rows(40)
+    rows[22]["label"] = "[[ ## label ## ]]"
+    with pytest.raises(DataError, match="row 23: ChatAdapter would not read the same answer back"):
+        train(settings(base, tmp_path, train=rows, dev=dev, noisy_copies=3, quiet=True))
+
+
 def test_noisy_copies_are_made_of_rows_to_train_on_alone(base: Path, tmp_path: Path) -> None:
     rows = [{"text": "A dog barks.", "label": f"{number}"} for number in range(40)]
     configs = (settings(base, tmp_path, train=rows, dev=None, noisy_copies=copies) for copies in (0, 2))
@@ -787,6 +855,32 @@ def test_a_prompt_without_room_for_its_answer_counts_as_wrong(tokenizer: Any) ->
     assert len(questions.rows) == 2
 
 
+def test_one_long_answer_takes_no_room_from_other_rows(
+    base: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [*make_rows(3), {"text": "x", "label": "dog " * 60}, {"text": "much longer " * 9, "label": "cat"}]
+    lengths = [row["length"] for row in data.tokenize(tokenizer, data.render(SIGNATURE, rows), 10**6)[0]]
+    context = max(lengths)  # the row with the long answer fits exactly, without spare tokens
+    assert lengths.index(context) == 3
+    questions = scoring.Questions.prepare(tokenizer, SIGNATURE, dspy.ChatAdapter(), rows, context)
+    assert all(questions.prompts)
+    answers = {tuple(ids): row["label"] for ids, row in zip(questions.prompts, rows, strict=True)}
+
+    def right(model: Any, tokenizer: Any, prompts: Any, room: int, batch_size: int) -> list[str]:
+        assert len(prompts) <= batch_size
+        texts = [f"[[ ## label ## ]]\n{answers[tuple(ids)]}\n\n[[ ## completed ## ]]" for ids in prompts]
+        assert all(len(tokenizer(text.strip())["input_ids"]) < room for text in texts)
+        assert max(map(len, prompts)) + room <= context
+        return texts
+
+    monkeypatch.setattr(scoring, "greedy", right)
+    for size in (1, 2, 64):
+        assert scoring.exact_match(None, tokenizer, questions, size) == 1
+    too_short = scoring.Questions.prepare(tokenizer, SIGNATURE, dspy.ChatAdapter(), rows, context - 1)
+    assert [bool(prompt) for prompt in too_short.prompts] == [True, True, True, False, True]
+    assert scoring.exact_match(None, tokenizer, too_short, 64) == 4 / 5
+
+
 # dspy-lora train
 
 LEGAL = ["--domain", "legal", "--data-root", "{data}"]
@@ -834,6 +928,18 @@ def test_flags_come_before_the_configuration(data_folder: Path) -> None:
     )
     file = parse("--domain", "legal", "--data", str(data_folder / "legal/cuad/train.jsonl"))
     assert command.plan(file, load_config(), "legal").dev is None
+
+
+def test_epochs_take_the_place_of_the_configured_steps_but_not_of_given_ones(data_folder: Path) -> None:
+    flags = ["--domain", "legal", "--data", str(data_folder / "legal/cuad")]
+    config = command.plan(parse(*flags), load_config(), "legal")
+    assert config.max_steps == load_config().domain("legal").max_steps
+    config = command.plan(parse(*flags, "--epochs", "1.5"), load_config(), "legal")
+    assert (config.epochs, config.max_steps) == (1.5, None)
+    config = command.plan(parse(*flags, "--sweep", "epochs=1,2"), load_config(), "legal", "2")
+    assert (config.epochs, config.max_steps) == (2, None)
+    config = command.plan(parse(*flags, "--epochs", "1", "--max-steps", "7"), load_config(), "legal")
+    assert (config.epochs, config.max_steps) == (1, 7)
 
 
 def test_the_best_run_of_a_sweep_is_published(

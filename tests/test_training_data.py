@@ -1,5 +1,6 @@
 """Rows become exactly the prompts that DSPy sends, and errors name file and line."""
 
+import enum
 import hashlib
 import json
 from pathlib import Path
@@ -222,6 +223,44 @@ def test_exact_match_asks_dspys_parser() -> None:
     assert not match("[[ ## label ## ]]\nAudit rights\n\n[[ ## completed ## ]]", row)
     assert not match("audit rights", row)
     assert not match("", row)
+
+
+class Team(enum.Enum):
+    """Where a ticket goes."""
+
+    NETWORK = "network"
+    STORAGE = "storage"
+
+
+class Assessed(dspy.Signature):
+    """Assess the ticket."""
+
+    text: str = dspy.InputField()
+    team: Team = dspy.OutputField()
+    period: Period = dspy.OutputField()
+    urgent: bool = dspy.OutputField()
+    share: float = dspy.OutputField()
+    note: str = dspy.OutputField()
+
+
+ASSESSED = {
+    "text": "disk full",
+    "team": "storage",
+    "period": {"open": True, "months": 12},
+    "urgent": "true",
+    "share": 3,
+    "note": "first\r\nsecond ",
+}
+
+
+@pytest.mark.parametrize("adapter", [dspy.ChatAdapter(), dspy.JSONAdapter()], ids=["chat", "json"])
+def test_a_rendered_answer_of_any_type_matches_its_row_and_no_other(adapter: dspy.Adapter) -> None:
+    match = data.is_match(Assessed, adapter)
+    [example] = data.render(Assessed, [ASSESSED], adapter)
+    answer = example["completion"][0]["content"]
+    assert match(answer, ASSESSED)
+    others = {"team": "network", "period": {"months": 12}, "urgent": False, "share": 3.5, "note": "first second"}
+    assert not any(match(answer, ASSESSED | {name: other}) for name, other in others.items())
 
 
 def write(path: Path, *lines: str) -> Path:

@@ -7,18 +7,19 @@ ROWS = [{"text": TEXT, "title": "A title", "label": "a"}, {"text": "three short 
 
 
 def copies_of(row, count=300):
-    made = with_noisy_copies([row], ["text"], count, seed=0)
+    made, _ = with_noisy_copies([row], ["text"], count, seed=0)
     return [each["text"].split() for each in made if each["text"] != row["text"]]
 
 
 def test_every_row_stays_and_gets_copies_with_its_outputs():
-    made = with_noisy_copies(ROWS, ["text"], 3, seed=0)
+    made, places = with_noisy_copies(ROWS, ["text"], 3, seed=0)
     assert all(row in made for row in ROWS)
+    assert [row["title"] for row in made] == [ROWS[place]["title"] for place in places]
     assert Counter((row["title"], row["label"]) for row in made) == {("A title", "a"): 4, ("B", "b"): 4}
 
 
 def test_without_copies_rows_come_as_they_are():
-    assert with_noisy_copies(ROWS, ["text"], 0, seed=0) == ROWS
+    assert with_noisy_copies(ROWS, ["text"], 0, seed=0) == (ROWS, [0, 1])
 
 
 def test_copies_have_the_text_s_own_words_and_fewer():
@@ -38,7 +39,7 @@ def test_some_words_change_places():
 
 
 def test_a_text_never_gets_empty():
-    assert all(row["text"] for row in with_noisy_copies([{"text": "one"}], ["text"], 200, seed=0))
+    assert all(row["text"] for row in with_noisy_copies([{"text": "one"}], ["text"], 200, seed=0)[0])
 
 
 def test_the_seed_decides():

@@ -224,7 +224,7 @@ def _parts(candidate: Candidate) -> tuple[Any, ...]:
 
 
 def _arguments(text: str) -> dict[str, Any]:
-    """Arguments of a tool call; those that are not JSON, or are no object, under the names that lm15 gives a server's."""
+    """Arguments of a tool call; what is no JSON object comes under the names that lm15 gives a server's."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError:

@@ -21,7 +21,7 @@ from dspy_lora.evaluation.scores import (
 )
 from dspy_lora.prepare.split import are_labels
 from dspy_lora.training.data import render
-from dspy_lora.training.rendering import Row
+from dspy_lora.training.rendering import Row, comparable, typed
 
 if TYPE_CHECKING:
     import dspy
@@ -75,9 +75,21 @@ def output_field(signature: "type[dspy.Signature]") -> str:
 
 
 def references(signature: "type[dspy.Signature]", rows: Sequence[Row]) -> list[str]:
-    """The rows' reference answers as text."""
+    """The rows' reference answers as text that answers are compared with.
+
+    Raises:
+        ConfigError: The signature has several output fields.
+        DataError: An answer does not fit its field's type.
+    """
     name = output_field(signature)
-    return [str(row[name]).strip() for row in rows]
+    field = signature.output_fields[name]
+    found = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            found.append(comparable(typed(name, row[name], field)))
+        except DataError as exc:
+            raise DataError(f"row {number}: {exc}") from exc
+    return found
 
 
 def evaluate_adapter(
@@ -110,8 +122,9 @@ def evaluate_adapter(
     """
     if not rows:
         raise DataError("there are no rows to evaluate on. Give at least one.")
-    truth = references(signature, rows)
+    output_field(signature)
     render(signature, rows)  # raises where no answer could be equal to the reference
+    truth = references(signature, rows)
     ours, theirs = ask([adapter, base], signature, rows)
     evaluation = _score(truth, ours, theirs, are_labels(truth) if labelled is None else labelled, seed)
     if not turns:

@@ -8,7 +8,7 @@ from contextvars import copy_context
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dspy_lora.training.rendering import Row
+from dspy_lora.training.rendering import Row, comparable
 
 if TYPE_CHECKING:
     import dspy
@@ -21,7 +21,7 @@ class Given:
     """One answer.
 
     Attributes:
-        text: The output field; "" where there is none.
+        text: The output field as text that can be compared (``rendering.comparable``); "" where there is none.
         problem: Why there is none: ``"unparsed"`` (DSPy finds no output field in it) or ``"too long"`` (the prompt does
             not fit the context); None for an answer.
     """
@@ -79,7 +79,7 @@ def _answer(program: "dspy.Predict", row: Row) -> Given:
         return Given("", "unparsed")
     except ContextWindowExceededError:
         return Given("", "too long")
-    return Given(str(prediction[output]).strip())
+    return Given(comparable(prediction[output]))
 
 
 def side_by_side(work: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], threads: int) -> list[Any]:

@@ -151,10 +151,10 @@ def _task(args: argparse.Namespace, config: Config) -> _Task:
     domain = config.domain(args.domain)
     signature, file = domain.signature(), _file(args, domain)
     rows = read_rows(file, list(signature.fields))
-    labelled = are_labels(references(signature, rows))
-    rows = rows[: args.rows]
+    asked = rows[: args.rows]
     try:
-        return _Task(domain, file, signature, rows, labelled, render(signature, rows))
+        labelled = are_labels(references(signature, rows))
+        return _Task(domain, file, signature, asked, labelled, render(signature, asked))
     except DataError as exc:
         raise DataError(f"{file}: {exc}") from exc
 
@@ -342,5 +342,5 @@ def _systems(args: argparse.Namespace, config: Config, base: Base, registry: Ada
     if args.systems:
         named = [name if name == BASE else registry.resolve(name).ref for name in args.systems]
         return list(dict.fromkeys(named))
-    found = [each.ref for each in registry.list() if each.adapter in config.domains and each.base == base.revision]
+    found = [each.ref for each in registry.list() if each.adapter in config.domains and each.is_for(base)]
     return [BASE, *found]

@@ -1,6 +1,6 @@
 """Log-probability of the reference answers with an adapter and without, through transformers and PEFT."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,21 +57,52 @@ def likelihoods(base: Base, adapter: Path, examples: Sequence[ChatExample], batc
     rows, left_out = tokenize(tokenizer, examples, context)
     order = sorted(range(len(rows)), key=lambda i: rows[i]["length"])
     sums = np.zeros((2, len(rows)))
-    while order:
-        batch = order[:batch_size]
-        found = _batch(model, [rows[i] for i in batch])
-        if found is None and batch_size == 1:
-            raise ConfigError(
-                f"out of GPU memory: a row of {rows[batch[0]]['length']} tokens does not fit beside the base. Run it "
-                "on the CPU (CUDA_VISIBLE_DEVICES=), or leave perplexity out with --no-perplexity."
-            )
-        if found is None:
-            batch_size //= 2
-            continue
+
+    def run(batch: Sequence[int]) -> Array:
+        return _batch(model, [rows[i] for i in batch])
+
+    for batch, found in in_batches(run, order, batch_size, "leave perplexity out with --no-perplexity"):
         sums[:, batch] = found
-        order = order[batch_size:]
     tokens = np.array([sum(label != -100 for label in row["labels"]) for row in rows], dtype=np.float64)
     return Likelihoods(sums[0], sums[1], tokens, left_out)
+
+
+def in_batches(
+    run: Callable[[Sequence[int]], Array], order: Sequence[int], size: int, otherwise: str
+) -> Iterator[tuple[Sequence[int], Array]]:
+    """Runs a model over rows in batches, smaller ones from where the GPU's memory does not hold one.
+
+    Args:
+        run: What is done with a batch, given its rows' places.
+        order: The places of all rows.
+        size: Rows in a batch at first.
+        otherwise: What an error advises beside the CPU.
+
+    Yields:
+        The places of a batch, and what ``run`` returned for it.
+
+    Raises:
+        ConfigError: Out of GPU memory with one row at a time.
+    """
+    import torch
+
+    while order:
+        batch = order[:size]
+        try:
+            found = run(batch)
+        except torch.OutOfMemoryError as exc:
+            if len(batch) == 1:
+                raise ConfigError(
+                    "out of GPU memory: a single row does not fit beside the base. Run it on the CPU "
+                    f"(CUDA_VISIBLE_DEVICES=), or {otherwise}."
+                ) from exc
+            found = None
+        if found is None:  # outside the except clause, where the traceback holds the batch's tensors no longer
+            torch.cuda.empty_cache()
+            size = len(batch) // 2
+            continue
+        yield batch, found
+        order = order[len(batch) :]
 
 
 def require_packages() -> None:
@@ -105,19 +136,15 @@ def _load(base: Base, adapter: Path) -> tuple[Any, Any]:
         ) from exc
 
 
-def _batch(model: Any, rows: Sequence[Tokens]) -> Array | None:
-    """Log-probability of each row's answer, (adapter and base, rows); None where the GPU's memory is too small."""
+def _batch(model: Any, rows: Sequence[Tokens]) -> Array:
+    """Log-probability of each row's answer, (adapter and base, rows)."""
     import torch
 
     ids, mask, labels = _padded(rows, model.device)
-    try:
-        with torch.inference_mode():
-            ours = _sums(model, ids, mask, labels)
-            with model.disable_adapter():
-                theirs = _sums(model, ids, mask, labels)
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return None
+    with torch.inference_mode():
+        ours = _sums(model, ids, mask, labels)
+        with model.disable_adapter():
+            theirs = _sums(model, ids, mask, labels)
     return torch.stack([ours, theirs]).double().cpu().numpy()
 
 

@@ -1,5 +1,6 @@
 """Log-probability of plain text, window by window, through transformers and PEFT."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 
 from dspy_lora.adapters.base import Base
 from dspy_lora.errors import DataError
+from dspy_lora.evaluation.likelihood import in_batches
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 Array = NDArray[np.float64]
 
 WINDOW = 128  # tokens; the first of each is given, the others are predicted
-_BATCH = 8  # windows
+_BATCH = 8  # windows; halved where the GPU's memory does not hold them
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ def text_likelihoods(ids: "torch.Tensor", base: Base, adapter: Path, copy: Base 
         Sums of ``"base"``, ``"adapter"`` and, where there is one, ``"full copy"``.
 
     Raises:
+        ConfigError: Out of GPU memory with one window at a time.
         MissingDependencyError: PEFT is not installed.
     """
     from peft import PeftModel
@@ -107,12 +110,18 @@ def _dtype() -> "torch.dtype":
 
 def _sums(model: Any, ids: "torch.Tensor") -> Array:
     """Sum of the log-probabilities of each window's tokens but the first, (windows,)."""
+
+    def run(batch: Sequence[int]) -> Array:
+        return _window_sums(model, ids[list(batch)].to(model.device))
+
+    return np.concatenate([found for _, found in in_batches(run, range(len(ids)), _BATCH, "leave --text out")])
+
+
+def _window_sums(model: Any, ids: "torch.Tensor") -> Array:
+    """The same of one batch."""
     import torch
 
-    found = []
     with torch.inference_mode():
-        for batch in ids.to(model.device).split(_BATCH):
-            logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
-            chosen = logits.log_softmax(-1).gather(2, batch[:, 1:, None])[:, :, 0]
-            found.append(chosen.sum(1).double().cpu())
-    return np.asarray(torch.cat(found).numpy())
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        chosen = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[:, :, 0]
+        return np.asarray(chosen.sum(1).double().cpu().numpy())

@@ -1,14 +1,16 @@
-"""Texts that are nearly equal, found by MinHash and settled by the exact Jaccard similarity of their shingles.
+"""Texts that are nearly equal: those whose sets of shingles have a Jaccard similarity of at least a threshold.
 
-MinHash with banding (Broder 1997; Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, chapter 3) proposes pairs,
-the exact similarity decides, so a pair below the threshold is never reported, and one at the threshold is overlooked
-with a probability of at most ``_MISS``.
+Prefix filtering proposes the pairs (Chaudhuri, Ganti, Kaushik 2006; with more than one shared element as in Wang, Li,
+Feng 2012): two texts at the threshold share so many shingles that some of them are among the rarest of both. Only pairs
+with that many are compared, so what many texts share, such as a template around them, proposes none. No pair is
+overlooked.
 """
 
 import functools
+import math
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,19 +19,16 @@ from numpy.typing import NDArray
 # similarity of about 0.7 to 0.8 this way, of 0.2 to 0.4 with shingles of five words; and scripts without spaces work.
 SHINGLE = 5
 
-# Hash functions. The estimate's standard deviation is at most 0.5 / sqrt(128) = 0.044.
-_HASHES = 128
-_ROWS_IN_A_BAND = (16, 8, 4, 2, 1)
-_MISS = 1e-4
+# Shingles that two texts must share among their rarest to be compared, and the part of a long text's. Fewer propose
+# each pair with a few rare words in common, more take in shingles that are less rare.
+_SHARED, _PART = 16, 1 / 16
 
-# A pair whose estimate is this far below the threshold is not looked at more closely: 4.5 standard deviations.
-_SLACK = 0.2
+# Counters of shingles, 32 MiB: those that share one count as more frequent than they are, which costs time alone.
+_COUNTERS = 1 << 22
 
-_CHUNK = 4096  # shingles hashed at once: 4096 x 128 x 8 bytes = 4 MiB
+_ROUNDING = 1e-9  # below a whole number of shingles, above the error of a product with the threshold
 
-_RNG = np.random.default_rng(20_241)  # fixed: what is a duplicate depends on no seed
-_MULTIPLIERS = _RNG.integers(1, 2**63, _HASHES, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-_OFFSETS = _RNG.integers(0, 2**63, _HASHES, dtype=np.uint64)
+_RNG = np.random.default_rng(20_241)  # fixed: the order of equally rare shingles depends on no seed
 _PLACES = _RNG.integers(1, 2**63, SHINGLE, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
 
 Hashes = NDArray[np.uint64]
@@ -48,19 +47,17 @@ def near_duplicates(texts: Sequence[str], ranks: Sequence[int], threshold: float
         a duplicate can be the other one.
     """
     found: dict[int, tuple[int, float]] = {}
-    signatures = np.stack([_minhash(text) for text in texts]) if texts else np.empty((0, _HASHES), np.uint64)
+    if not texts:
+        return found
     levels = np.asarray(ranks)
-    similar = functools.lru_cache(maxsize=65536)(lambda i, j: jaccard(texts[i], texts[j]))
-    for bucket in _buckets(signatures, threshold):
-        for i in bucket[levels[bucket] < levels[bucket].max()]:
-            if int(i) in found:
-                continue
-            others = bucket[levels[bucket] > levels[i]]
-            estimates = (signatures[others] == signatures[i]).mean(axis=1)
-            for j in others[np.argsort(-estimates, kind="stable")][: int((estimates >= threshold - _SLACK).sum())]:
-                if (similarity := similar(int(i), int(j))) >= threshold:
-                    found[int(i)] = int(j), similarity
-                    break
+    rarest, shared = _rarest(texts, threshold)
+    index = _Index(rarest, shared, np.flatnonzero(levels > levels.min()))
+    for i in np.flatnonzero(levels < levels.max()).tolist():
+        others = index.sharing(rarest[i], shared[i])
+        for j in others[levels[others] > levels[i]].tolist():
+            if (similarity := jaccard(texts[i], texts[j])) >= threshold:
+                found[i] = j, similarity
+                break
     return found
 
 
@@ -93,27 +90,48 @@ def _mix(values: Hashes) -> Hashes:
     return values ^ (values >> np.uint64(31))
 
 
-def _minhash(text: str) -> Hashes:
-    """The smallest value of each hash function (multiply-add-shift) over the shingles, (_HASHES,)."""
-    shingles = _shingles(text)[:, None]
-    chunks = (shingles[start : start + _CHUNK] for start in range(0, len(shingles), _CHUNK))
-    smallest = [((chunk * _MULTIPLIERS + _OFFSETS) >> np.uint64(32)).min(axis=0) for chunk in chunks]
-    return np.min(smallest, axis=0)
+def _rarest(texts: Sequence[str], threshold: float) -> tuple[list[Hashes], list[int]]:
+    """Each text's rarest shingles, and how many of them a near-duplicate has among its own.
+
+    A text at the threshold lacks at most so many shingles of this one, and its number of shared ones is added. So of
+    the shingles that two such texts share, the rarest are among these of both: as many as the text with the smaller
+    number wants. For that, rare only has to mean the same for all texts.
+    """
+    counts = np.zeros(_COUNTERS, np.int64)
+    for text in texts:
+        counts[_shingles(text) % _COUNTERS] += 1
+    rarest, shared = [], []
+    for text in texts:
+        shingles = _shingles(text)
+        needed = math.ceil(threshold * len(shingles) - _ROUNDING)
+        shared.append(min(needed, max(_SHARED, int(_PART * len(shingles)))))
+        order = np.argsort(counts[shingles % _COUNTERS], kind="stable")  # among equals the smaller hash
+        rarest.append(shingles[order[: len(shingles) - needed + shared[-1]]])
+    return rarest, shared
 
 
-def _buckets(signatures: Hashes, threshold: float) -> Iterator[NDArray[np.intp]]:
-    """Groups of two or more texts whose signatures agree in a whole band; ascending indices in each."""
-    rows = _rows(threshold)
-    for start in range(0, _HASHES, rows):
-        band = np.ascontiguousarray(signatures[:, start : start + rows])
-        _, inverse, sizes = np.unique(band, axis=0, return_inverse=True, return_counts=True)
-        order = np.argsort(inverse.reshape(-1), kind="stable")
-        for group in np.split(order, np.cumsum(sizes)[:-1]):
-            if len(group) > 1:
-                yield group
+class _Index:
+    """Which of some texts have a shingle among their rarest.
 
+    Args:
+        rarest: The rarest shingles of all texts.
+        shared: How many of them a near-duplicate has.
+        chosen: The texts that are looked up.
+    """
 
-def _rows(threshold: float) -> int:
-    """Rows in a band: as many as overlook a pair at the threshold with a probability of at most ``_MISS``."""
-    chances = {rows: (1 - threshold**rows) ** (_HASHES // rows) for rows in _ROWS_IN_A_BAND}
-    return next((rows for rows, chance in chances.items() if chance <= _MISS), 1)
+    def __init__(self, rarest: Sequence[Hashes], shared: Sequence[int], chosen: NDArray[np.intp]) -> None:
+        shingles = np.concatenate([np.empty(0, np.uint64), *(rarest[i] for i in chosen)])
+        owners = np.repeat(np.arange(len(chosen)), [len(rarest[i]) for i in chosen])
+        order = np.argsort(shingles, kind="stable")
+        self._chosen, self._shingles, self._owners = chosen, shingles[order], owners[order]
+        self._shared = np.array([shared[i] for i in chosen], np.intp)
+
+    def sharing(self, shingles: Hashes, least: int) -> NDArray[np.intp]:
+        """The texts that have so many of the shingles, or as many as they ask for, those with most of them first."""
+        first, last = (np.searchsorted(self._shingles, shingles, side) for side in ("left", "right"))
+        hits = [self._owners[a:b] for a, b in zip(first.tolist(), last.tolist(), strict=True) if a < b]
+        if not hits:
+            return np.empty(0, np.intp)
+        shared = np.bincount(np.concatenate(hits), minlength=len(self._chosen))
+        places = np.flatnonzero(shared >= np.minimum(self._shared, least))
+        return self._chosen[places[np.argsort(-shared[places], kind="stable")]]

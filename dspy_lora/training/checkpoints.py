@@ -9,8 +9,9 @@ from dspy_lora.errors import ConfigError, TrainingError
 
 SETTINGS_FILE = "settings.json"
 
-# What the trainer writes (transformers.Trainer._save_checkpoint), its state last.
-_FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+# What the trainer writes (transformers.Trainer._save_checkpoint), its state last: the weights in one of three files.
+_WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
+_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 
 # Settings that change neither the rows, nor their order, nor the weights (but for rounding).
 _FREE = {
@@ -102,4 +103,5 @@ def _is_whole(folder: Path) -> bool:
         state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):  # not there, or cut off
         return False
-    return state["global_step"] == step_of(folder) and all((folder / name).is_file() for name in _FILES)
+    there = {path.name for path in folder.iterdir()}
+    return state["global_step"] == step_of(folder) and there.issuperset(_FILES) and not there.isdisjoint(_WEIGHTS)

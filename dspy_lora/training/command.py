@@ -14,7 +14,7 @@ from dspy_lora.errors import ConfigError, DataError, DivergedError
 from dspy_lora.training.full import RATE_SHARE
 from dspy_lora.training.publishing import best_run, publish_run, summary
 from dspy_lora.training.run import read_card
-from dspy_lora.training.settings import TrainConfig
+from dspy_lora.training.settings import TrainConfig, over_configured
 from dspy_lora.training.sft import train
 from dspy_lora.training.sweep import Sweep
 
@@ -28,6 +28,7 @@ _SETTINGS: dict[str, tuple[type, str]] = {
     "weight_decay": (float, "weight decay"),
     "learning_rate": (float, "highest learning rate"),
     "max_steps": (int, "optimizer steps"),
+    "epochs": (float, "passes over the rows, in place of the configured steps; --max-steps comes first"),
     "batch_size": (int, "rows in one optimizer step"),
     "max_length": (int, "longest row, in tokens"),
     "eval_every": (int, "steps between validations, each with a checkpoint (default: a tenth of all)"),
@@ -125,15 +126,16 @@ def plan(args: argparse.Namespace, config: Config, name: str, value: str | None 
     """
     domain = config.domain(name)
     rows, dev = _files(args, domain)
-    given = {key: getattr(args, key) for key in (*_SETTINGS, *_SWITCHES, *_OTHERS)}
-    settings = configured(config, domain) | {key: value for key, value in given.items() if value is not None}
-    if settings.get("full_finetune") and given["learning_rate"] is None:
-        settings["learning_rate"] *= RATE_SHARE
+    flags = {key: getattr(args, key) for key in (*_SETTINGS, *_SWITCHES, *_OTHERS)}
+    given = {key: flag for key, flag in flags.items() if flag is not None}
     title, folder = name, args.output_dir / name
     if value is not None:
         key = Sweep.parse(args.sweep).key
-        settings[key] = value
+        given[key] = value
         title, folder = f"{name} {key}={value}", folder / f"{key}={value}"
+    settings = over_configured(configured(config, domain), given)
+    if settings.get("full_finetune") and "learning_rate" not in given:
+        settings["learning_rate"] *= RATE_SHARE
     try:
         whole = TrainConfig(
             name=title,

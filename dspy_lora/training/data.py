@@ -9,10 +9,10 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 from dspy_lora.errors import DataError
-from dspy_lora.training.rendering import Message, Renderer, Row, missing
+from dspy_lora.training.rendering import Message, Renderer, Row, comparable, missing, typed
 
 if TYPE_CHECKING:
     import dspy
@@ -22,6 +22,8 @@ __all__ = [
     "ChatExample", "Message", "Row", "Tokens", "hold_out", "is_match", "parse_line", "prompt_ids", "read_rows",
     "render", "sha256", "tokenize",
 ]  # fmt: skip
+
+_Item = TypeVar("_Item")
 
 _SHOWN = 5  # malformed rows an error message spells out; the rest are counted
 
@@ -97,11 +99,11 @@ def parse_line(line: str, fields: Sequence[str] = ()) -> tuple[Row, str | None]:
     return row, missing(row, fields)
 
 
-def hold_out(rows: Sequence[Row], seed: int, share: float = 0.1, most: int = 200) -> tuple[list[Row], list[Row]]:
+def hold_out(rows: Sequence[_Item], seed: int, share: float = 0.1, most: int = 200) -> tuple[list[_Item], list[_Item]]:
     """Splits off rows to validate on, where the user gave none.
 
     Args:
-        rows: All rows.
+        rows: All rows, or what stands for them.
         seed: Decides which rows; the same seed gives the same split.
         share: Share of the rows to hold out.
         most: Upper bound of the rows held out.
@@ -132,6 +134,7 @@ def render(
     rows: Sequence[Row],
     adapter: "dspy.Adapter | None" = None,
     demos: Sequence[Row] = (),
+    numbers: Sequence[int] | None = None,
 ) -> list[ChatExample]:
     """Renders rows as ``dspy.Predict(signature)`` would send them, with the answer in the adapter's own format.
 
@@ -140,6 +143,7 @@ def render(
         rows: Rows that hold every field of the signature.
         adapter: The adapter inference uses; None is DSPy's default, ``dspy.ChatAdapter()``.
         demos: Few-shot examples that inference shows too.
+        numbers: What an error calls each row; None counts them from 1.
 
     Returns:
         One prompt and completion a row, in order.
@@ -149,7 +153,7 @@ def render(
     """
     renderer = Renderer(signature, adapter, demos)
     examples = []
-    for number, row in enumerate(rows, start=1):
+    for number, row in zip(numbers or range(1, len(rows) + 1), rows, strict=True):
         try:
             exchange = renderer.exchange(row)
         except DataError as exc:
@@ -216,17 +220,20 @@ def is_match(signature: "type[dspy.Signature]", adapter: "dspy.Adapter") -> Call
 
     Returns:
         A function of the generated text and its row: does DSPy parse every output field out of the text, equal to the
-        row's value (surrounding blanks aside)? A ``reasoning`` field is free text and is not compared.
+        row's value (``rendering.comparable``)? A ``reasoning`` field is free text and is not compared. It raises a
+        DataError where the row's value does not fit its field's type.
     """
     from dspy.utils.exceptions import AdapterParseError
 
-    compared = [name for name in signature.output_fields if name != "reasoning"]
+    compared = {name: field for name, field in signature.output_fields.items() if name != "reasoning"}
 
     def match(text: str, row: Row) -> bool:
         try:
             parsed = adapter.parse(signature, text)
         except AdapterParseError:
             return False
-        return all(str(parsed[name]).strip() == str(row[name]).strip() for name in compared)
+        return all(
+            comparable(parsed[name]) == comparable(typed(name, row[name], field)) for name, field in compared.items()
+        )
 
     return match

@@ -10,7 +10,9 @@ _DROPPED = (0.05, 0.1, 0.2)  # shares of the words that go, as in EDA; one for e
 _SWAPPED = 0.05  # swaps for each word
 
 
-def with_noisy_copies(rows: Sequence[Row], fields: Sequence[str], copies: int, seed: int) -> list[Row]:
+def with_noisy_copies(
+    rows: Sequence[Row], fields: Sequence[str], copies: int, seed: int
+) -> tuple[list[Row], list[int]]:
     """Adds noisy copies of every row, and shuffles.
 
     A copy is a stretch of the text without some of its words and with others swapped: random deletion and swap of EDA
@@ -25,16 +27,17 @@ def with_noisy_copies(rows: Sequence[Row], fields: Sequence[str], copies: int, s
         seed: Decides the noise and the order.
 
     Returns:
-        ``(1 + copies) * len(rows)`` rows.
+        ``(1 + copies) * len(rows)`` rows, and of each the place in ``rows`` of the one that it is or copies.
     """
+    order = list(range((1 + copies) * len(rows)))
     if not copies:
-        return list(rows)
+        return list(rows), order
     rng = random.Random(seed)
     every = list(rows)
     for _ in range(copies):
         every += [row | {name: _noisy(str(row[name]), rng) for name in fields if row.get(name)} for row in rows]
-    rng.shuffle(every)
-    return every
+    rng.shuffle(order)
+    return [every[place] for place in order], [place % len(rows) for place in order]
 
 
 def _noisy(text: str, rng: random.Random) -> str:

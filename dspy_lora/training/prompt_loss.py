@@ -25,7 +25,10 @@ class PromptLossTrainer(SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Sums the weighted losses of a batch's tokens, and divides by how many of them are completions'."""
+        """Sums the weighted losses of a batch's tokens, and divides by how many of them are completions'.
+
+        A mixture of experts adds the loss that balances its experts' load, as in TRL.
+        """
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs["labels"]
@@ -37,4 +40,8 @@ class PromptLossTrainer(SFTTrainer):
         count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
         shared = self.args.average_tokens_across_devices and num_items_in_batch is not None
         loss = -(outputs.log_probs * weights).sum() / count * (self.accelerator.num_processes if shared else 1)
+        if self.aux_loss_enabled:  # which made the model's configuration ask for router logits
+            # A mean over the micro-batch, where the sum above is the micro-batch's share of the step's loss.
+            steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
         return (loss, outputs) if return_outputs else loss

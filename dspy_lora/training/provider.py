@@ -16,7 +16,7 @@ from dspy.clients.utils_finetune import TrainDataFormat, get_finetune_directory
 from dspy_lora.adapters.base import Base
 from dspy_lora.adapters.peft_config import CONFIG_FILE, PeftConfig, read_json
 from dspy_lora.adapters.registry import AdapterRegistry, Revision
-from dspy_lora.adapters.revision import check_name
+from dspy_lora.adapters.revision import check_new_name
 from dspy_lora.config import Config, DomainSection, load_config
 from dspy_lora.engine.client import free_gpu
 from dspy_lora.engine.settings import EngineSettings
@@ -26,6 +26,7 @@ from dspy_lora.training.chats import ChatConfig, chat_rows
 from dspy_lora.training.data import Row
 from dspy_lora.training.jobs import LoRATrainingJob
 from dspy_lora.training.publishing import publish_run
+from dspy_lora.training.settings import over_configured
 
 logger = logging.getLogger(__name__)
 
@@ -145,10 +146,10 @@ class LoRAProvider(Provider):
 
     def _config(self, given: dict[str, Any], parent: Revision | None, sha256: str) -> ChatConfig:
         """The run's settings: what was given, over the parent's shape, over the configuration."""
-        name = check_name(given.pop(NAME, None) or _default_name(parent, sha256))
+        name = check_new_name(given.pop(NAME, None) or _default_name(parent, sha256))
         parent = parent if given.pop(FROM_PARENT, True) else None
         root = Path(given.pop(FOLDER, None) or get_finetune_directory())
-        settings = _defaults(load_config(), name) | _settings(given, parent)
+        settings = over_configured(_defaults(load_config(), name), _settings(given, parent))
         decides = {key: value for key, value in settings.items() if key != "quiet"}
         decides |= {"base": self._base.revision, "parent": parent.ref if parent else None, "data": sha256}
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()

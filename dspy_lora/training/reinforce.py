@@ -23,7 +23,7 @@ from dspy.clients.utils_finetune import TrainDataFormat, get_finetune_directory
 from dspy.dsp.utils.settings import thread_local_overrides
 
 from dspy_lora.adapters.registry import AdapterRegistry, Revision
-from dspy_lora.adapters.revision import check_name
+from dspy_lora.adapters.revision import check_new_name
 from dspy_lora.child import child_environment
 from dspy_lora.config import load_config
 from dspy_lora.engine.failures import ending, last_lines
@@ -87,7 +87,7 @@ class LoRAReinforceJob(ReinforceJob):
             TrainingError: The trainer did not come up.
         """
         self.settings = _settings(self.lm, self.train_kwargs)
-        self._name = check_name(self.settings.adapter or _default_name(self.lm.domain))
+        self._name = check_new_name(self.settings.adapter or _default_name(self.lm.domain))
         self._home = self.lm.asked_registry
         self._target, self._parent = self.lm.registry, self.lm.adapter
         root = Path(self.settings.output_dir or get_finetune_directory()).absolute()

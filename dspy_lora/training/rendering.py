@@ -4,6 +4,7 @@ Nothing here writes a prompt: ``dspy.Predict`` itself is called, over an engine 
 with the row's own outputs. So what is trained on is what is served, for every adapter, with demos and ChainOfThought.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,8 +74,8 @@ class Renderer:
         """
         if problem := missing(row, list(self.signature.fields)):
             raise DataError(f"{problem}; the signature {self.signature.signature!r} needs every field")
-        inputs = {name: _typed(name, row[name], field) for name, field in self.signature.input_fields.items()}
-        outputs = {name: _typed(name, row[name], field) for name, field in self.signature.output_fields.items()}
+        inputs = {name: typed(name, row[name], field) for name, field in self.signature.input_fields.items()}
+        outputs = {name: typed(name, row[name], field) for name, field in self.signature.output_fields.items()}
         answer = self.adapter.format_assistant_message_content(self.signature, outputs)
         try:
             parsed = self._ask(inputs, answer)
@@ -84,7 +85,8 @@ class Renderer:
         except (ValueError, TypeError, AttributeError, DSPyError, lm15.LM15Error) as exc:
             raise DataError(f"DSPy cannot send this row: {_first_line(exc)}") from exc
         # ChatAdapter asks a second time, through JSONAdapter, where it cannot parse.
-        if len(self._engine.requests) > 1 or any(_words(parsed[name]) != _words(outputs[name]) for name in outputs):
+        asked_twice = len(self._engine.requests) > 1
+        if asked_twice or any(comparable(parsed[name]) != comparable(outputs[name]) for name in outputs):
             raise self._unreadable(answer)
         return Exchange(prompt, answer, serialize_for_json(inputs), serialize_for_json(parsed))
 
@@ -99,8 +101,12 @@ class Renderer:
         return DataError(f"{type(self.adapter).__name__} would not read the same answer back from {answer[:120]!r}")
 
 
-def _typed(name: str, value: Any, field: Any) -> Any:
-    """The value as a program holds it: ``'["a", "b"]'`` of a CSV cell becomes a list where the field is one."""
+def typed(name: str, value: Any, field: Any) -> Any:
+    """The value as a program holds it: ``'["a", "b"]'`` of a CSV cell becomes a list where the field is one.
+
+    Raises:
+        DataError: It does not fit the field's type.
+    """
     if field.annotation is str:
         return str(value) if isinstance(value, int | float) else value
     try:
@@ -112,9 +118,16 @@ def _typed(name: str, value: Any, field: Any) -> Any:
     raise DataError(f"{name!r} = {value!r} does not fit {get_annotation_name(field.annotation)}: {problem}")
 
 
-def _words(value: Any) -> Any:
-    """A value to compare by: DSPy's parsers strip texts and unify their line breaks."""
-    return value.split() if isinstance(value, str) else serialize_for_json(value)
+def comparable(value: Any) -> str:
+    """A typed value as text that two equal values share: a text itself, anything else as JSON with sorted keys.
+
+    DSPy's parsers strip texts and unify their line breaks, so blanks around a text and kinds of line breaks are no
+    difference.
+    """
+    plain = serialize_for_json(value)  # an Enum becomes its value, a pydantic model a dict
+    if isinstance(plain, str):
+        return "\n".join(plain.splitlines()).strip()
+    return json.dumps(plain, ensure_ascii=False, sort_keys=True)
 
 
 class _Recorder:

@@ -31,7 +31,8 @@ class TrainConfig(pydantic.BaseModel):
             about a tenth of an adapter's learning rate.
         qlora: Whether the frozen base is held in 4 bit (bitsandbytes); the next three say how, named as in
             ``transformers.BitsAndBytesConfig``.
-        epochs: Passes over the rows, with their noisy copies; counts only where ``max_steps`` is None.
+        epochs: Passes over the rows, with their noisy copies; counts only where ``max_steps`` is None. Given without
+            ``max_steps`` to ``dspy-lora train`` or as ``train_kwargs``, it takes the place of the configured steps.
         batch_size: Rows in one optimizer step.
         micro_batch_size: Most rows in one forward pass of a base with at least 500 million parameters; its largest
             divisor of ``batch_size`` is taken.
@@ -144,3 +145,9 @@ class TrainConfig(pydantic.BaseModel):
         import dspy
 
         return self.adapter or dspy.ChatAdapter()
+
+
+def over_configured(found: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Lays what the user gave over the configuration, whose ``max_steps`` would otherwise hide ``epochs``."""
+    counted = {"max_steps": None} if "epochs" in given else {}
+    return found | counted | given

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dspy_lora.adapters.base import Base, resolve_base
+from dspy_lora.adapters.base import Base, fetch_base
 from dspy_lora.errors import ConfigError, DataError, DivergedError, MissingDependencyError
 from dspy_lora.training import data
 from dspy_lora.training.checkpoints import Checkpoints, differences, step_of
@@ -31,21 +31,29 @@ SMALL_MODEL = 500_000_000
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a run and the SHA-256 of where they came from."""
+    """The rows of a run.
+
+    Attributes:
+        train: Rows to train on, with their noisy copies.
+        dev: Rows to validate on.
+        numbers: For both, each row's number where it came from, counted from 1; a copy has that of its row.
+        sha256: Of where they came from.
+    """
 
     train: list[Row]
     dev: list[Row]
+    numbers: dict[str, list[int]]
     sha256: dict[str, str]
 
 
 def train(config: TrainConfig, resume: bool = False) -> Path:
     """Trains one adapter; with ``full_finetune`` all weights of a copy of the base.
 
-    Writes ``metrics.jsonl`` (losses, learning rate and validations by step), ``loss.png`` (the same, drawn),
-    ``run.json`` (settings, data hashes, versions, hardware, wall time, GPU-hours, figures) and ``adapter/`` (a PEFT
-    folder with safetensors weights: those of the best validation), for a copy ``model/`` (a Hugging Face folder). Until
-    it has succeeded, ``checkpoints/`` holds the last checkpoint and the best one. Several runs side by side on one
-    machine want ``OMP_NUM_THREADS=1`` in their environment.
+    Downloads a base that is not on this disk. Writes ``metrics.jsonl`` (losses, learning rate and validations by step),
+    ``loss.png`` (the same, drawn), ``run.json`` (settings, data hashes, versions, hardware, wall time, GPU-hours,
+    figures) and ``adapter/`` (a PEFT folder with safetensors weights: those of the best validation), for a copy
+    ``model/`` (a Hugging Face folder). Until it has succeeded, ``checkpoints/`` holds the last checkpoint and the best
+    one. Several runs side by side on one machine want ``OMP_NUM_THREADS=1`` in their environment.
 
     Args:
         config: The run.
@@ -57,7 +65,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         The run's folder.
 
     Raises:
-        ConfigError: No such base model, checkpoints that were made with other settings, or a copy to be resumed.
+        ConfigError: No such base model, one that cannot be downloaded, or checkpoints made with other settings.
         DataError: Rows that are malformed, too few or too long.
         MissingDependencyError: The ``train`` extra or a tracker is not installed.
         TrainingError: Out of memory, no space on the disk, the loss is no longer a number (DivergedError), or
@@ -66,15 +74,13 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     """
     require_packages(config)
     rows = load_rows(config)
-    base = resolve_base(config.base)
+    base = fetch_base(config.base)
     settings = config.settings() | {"base_revision": base.revision, "sha256": rows.sha256}
     checkpoints = Checkpoints(config.output_dir)
     if resume and _is_finished(config.output_dir, settings):
         if not config.quiet:
             print(f"[{config.name}] {config.output_dir} is finished already", flush=True)
     else:
-        if resume and config.full_finetune:
-            raise ConfigError(f"{config.name}: full fine-tuning cannot be resumed. Start anew, without --resume.")
         start = checkpoints.begin(settings, resume)
         run = Run(config.output_dir, config.name, config.quiet, step_of(start) if start else 0)
         with explained(config.name, run, checkpoints):
@@ -128,15 +134,20 @@ def load_rows(config: TrainConfig) -> Rows:
     """
     rows = _read(config, config.train, "train on")
     hashes = {"train": data.sha256(config.train)}
+    kept = list(range(len(rows)))
     if config.dev is None:
-        rows, dev = data.hold_out(rows, config.seed)
+        kept, held = data.hold_out(kept, config.seed)
+        dev = [rows[place] for place in held]
     else:
         dev = _read(config, config.dev, "validate on")
+        held = list(range(len(dev)))
         hashes["dev"] = data.sha256(config.dev)
-    return Rows(_with_copies(config, rows), dev, hashes)
+    train, places = _with_copies(config, [rows[place] for place in kept])
+    numbers = {"train": [kept[place] + 1 for place in places], "dev": [place + 1 for place in held]}
+    return Rows(train, dev, numbers, hashes)
 
 
-def _with_copies(config: TrainConfig, rows: list[Row]) -> list[Row]:
+def _with_copies(config: TrainConfig, rows: list[Row]) -> tuple[list[Row], list[int]]:
     texts = [name for name, field in config.signature.input_fields.items() if field.annotation is str]
     if config.noisy_copies and not texts:
         raise ConfigError(f"noisy_copies = {config.noisy_copies}: {config.signature.signature!r} has no input text.")
@@ -161,7 +172,7 @@ def _prepare(config: TrainConfig, base: Base, rows: Rows, run: Run) -> tuple[Any
     adapter = config.chat_adapter()
     sets, facts = {}, {}
     for split, part in (("train", rows.train), ("dev", rows.dev)):
-        examples = data.render(config.signature, part, adapter, config.demos)
+        examples = data.render(config.signature, part, adapter, config.demos, rows.numbers[split])
         sets[split], left_out = data.tokenize(tokenizer, examples, context)
         facts[split] = {"rows": len(part), "too_long": left_out, "tokens": sum(row["length"] for row in sets[split])}
         if left_out:
@@ -233,7 +244,7 @@ def _arguments(config: TrainConfig, model: Any, rows: int) -> Any:
     steps = config.max_steps or math.ceil(config.epochs * math.ceil(rows / config.batch_size))
     every = min(config.eval_every or max(1, steps // 10), steps)
     cuda = torch.cuda.is_available()
-    return SFTConfig(
+    args = SFTConfig(
         output_dir=str(config.output_dir / "checkpoints"),
         run_name=config.name,
         max_steps=steps,
@@ -270,6 +281,10 @@ def _arguments(config: TrainConfig, model: Any, rows: int) -> Any:
         disable_tqdm=True,
         report_to=list(config.report_to) or "none",
     )
+    # One process trains on one GPU, the first that it sees: with more, transformers would wrap the model in
+    # nn.DataParallel, which TRL refuses, and enlarge the batch. Under accelerate or torchrun this is 1 already.
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
 
 
 def _describe(config: TrainConfig, trainer: Any, facts: dict[str, Any], run: Run) -> None:
@@ -307,7 +322,7 @@ def _train(config: TrainConfig, trainer: Any, run: Run, start: Path | None) -> N
         run.say(f"going on from step {step_of(start)}, {start}")
     if state and start and (state.global_step >= trainer.args.max_steps or out_of_patience(state, config.patience)):
         trainer.state = state  # killed after its last step: the trainer would make one more
-        trainer.model.load_adapter(str(start.with_name(f"checkpoint-{state.best_global_step}")), "default")
+        trainer._load_from_checkpoint(str(start.with_name(f"checkpoint-{state.best_global_step}")))
     else:
         trainer.train(resume_from_checkpoint=str(start) if start else None)
     if "mlflow" in config.report_to:
