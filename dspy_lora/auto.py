@@ -11,7 +11,8 @@ from dspy_lora.detection.classifier import DomainClassifier
 
 NAME = "auto"
 _MARK = re.compile(r"\[\[ ## \w+ ## \]\]|</?\w+>")
-_CLOSING = re.compile(r"\n\nRespond with .*", re.DOTALL)  # what DSPy's adapters end a prompt with
+# What DSPy's adapters end a prompt with; a text of the user's may hold such words too, before it.
+_CLOSING = re.compile(r"(.*)\n\nRespond with (?:the corresponding output fields|a JSON object).*", re.DOTALL)
 
 
 class AutoRoute:
@@ -24,17 +25,19 @@ class AutoRoute:
 
     def __init__(self, classifier: DomainClassifier, models: Mapping[str | None, str]) -> None:
         self.classifier, self.models = classifier, dict(models)
-        known = json.dumps([sorted(map(str, self.models.values())), classifier.fingerprint])
+        refs = [model.rpartition("/")[2] for domain, model in self.models.items() if domain is not None]
+        known = json.dumps([sorted(refs), classifier.fingerprint])
         #: The route's own name; it changes with the adapters and the classifier, as DSPy's cache wants it.
         self.ref = f"{NAME}@{hashlib.sha256(known.encode()).hexdigest()[:12]}"
 
     def __call__(self, request: lm15.Request) -> str:
         """The model string that answers: an adapter's, or the base model's where no domain is clear enough."""
-        domain = self.classifier.choose(question(request)).domain
+        asked = question(request)
+        domain = self.classifier.choose(asked).domain if asked else None
         return self.models.get(domain, self.models[None])
 
 
 def question(request: lm15.Request) -> str:
     """The last user message without what DSPy's adapters write around the fields."""
     text = next((message.text for message in reversed(request.messages) if message.role == "user"), None) or ""
-    return _MARK.sub(" ", _CLOSING.sub("", text)).strip()
+    return _MARK.sub(" ", _CLOSING.sub(r"\1", text)).strip()

@@ -17,9 +17,9 @@ _STOP = frozenset(
     "very also just about over under between does did done per via".split()
 )
 # What follows the right answer: what was given instead ("..., got billing"), or the sentence's end, which the last
-# period of "U.S." is not.
+# period of "U.S." is only before a capital.
 _GIVEN = r"\s*(?:[.,;(]\s*(?:but\s+)?|\sbut\s+)(?:you\s+)?(?:got|received|said|gave|answered|wrote)\b|\s+got\s*[:=]"
-_END = rf"(?:{_GIVEN}|(?<!\.[a-z])\.\s|\.?\s*$|\n)"
+_END = rf"(?:{_GIVEN}|(?<!\.[a-z])\.\s|\.\s+(?=(?-i:[A-Z]))|\.?\s*$|\n)"
 _GOLD = re.compile(
     r"(?<!not )\b(?:right|correct|expected|true|gold|wanted|reference)"
     r"(?:(?!\b(?:but|got)\b)[\w ]){0,30}?(?:\bis\b|\bwas\b|:|=)\s*"

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dspy_lora.adapters.base import ABSENT
 from dspy_lora.errors import ConfigError
 
 
@@ -69,7 +70,7 @@ class RunLog:
 def digest(*parts: Any) -> str:
     """A short name of anything JSON can write; for what it cannot see ``plain``."""
     text = json.dumps(parts, sort_keys=True, default=plain, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:24]
 
 
 def plain(value: Any) -> Any:
@@ -85,12 +86,17 @@ def _check_settings(file: Path, settings: dict[str, Any]) -> None:
         file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         return
     before, now = dict(_leaves(json.loads(file.read_text(encoding="utf-8")))), dict(_leaves(settings))
-    differ = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+    differ = sorted(key for key in {*before, *now} if not _same(before.get(key), now.get(key)))
     if differ:
         shown = "; ".join(f"{'.'.join(key)} was {before.get(key)!r}, is {now.get(key)!r}" for key in differ)
         raise ConfigError(
             f"log_dir={str(file.parent)!r} holds a run with other settings: {shown}. Give another one, or remove it."
         )
+
+
+def _same(before: Any, now: Any) -> bool:
+    """Whether a setting is what it was; nan is, and a base that was not on the disk may have come to it."""
+    return repr(before) == repr(now) or (ABSENT in (before, now) and None not in (before, now))
 
 
 def _leaves(settings: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -14,6 +14,8 @@ import pydantic
 from dspy.adapters.utils import get_annotation_name, translate_field_type
 from dspy_lora.optimizers.run_log import digest, plain
 
+from dspy_lora.lm import LoRALM
+
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 # Where an LM is asked and who asks; the answers are the model's.
 _PRIVATE = re.compile(r"^api_|^base_url$|key|secret|password|credential|auth|header|(^|_)token$", re.IGNORECASE)
@@ -39,7 +41,10 @@ def lm_settings(lm: Any) -> dict[str, Any] | None:
         return None
     if not isinstance(lm, dspy.BaseLM):
         return {"class": type(lm).__qualname__}
-    return {"class": type(lm).__qualname__, "model": lm.model, "model_type": lm.model_type, **_public(lm.kwargs)}
+    model = {"model": lm.model}
+    if isinstance(lm, LoRALM):  # whose base may come to this disk while the run is going on
+        model = {"model": f"{lm.base.name}/{lm.ref}", "base": lm.base.revision}
+    return {"class": type(lm).__qualname__, **model, "model_type": lm.model_type, **_public(lm.kwargs)}
 
 
 def named(part: Any) -> str | None:
@@ -62,6 +67,7 @@ def _predictor(predictor: dspy.Predict) -> dict[str, Any]:
     demos = [dict(demo.items()) for demo in predictor.demos]
     return {
         "instructions": signature.instructions,
+        "order": ", ".join(signature.fields),
         "fields": {name: _field(name, field) for name, field in signature.fields.items()},
         "demos": f"{len(demos)}, {digest(_stable(demos))}" if demos else "none",
         "config": _public(predictor.config),
@@ -82,15 +88,19 @@ def _field(name: str, field: pydantic.fields.FieldInfo) -> str:
     return str(_stable(f"{told['__dspy_field_type']} {get_annotation_name(field.annotation)}: {written}"))
 
 
-def _public(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _public(settings: Mapping[Any, Any]) -> dict[str, Any]:
     """Settings without addresses and keys, at any depth."""
     return {
-        name: _public(value) if isinstance(value, Mapping) else _stable(value)
+        str(name): _public(value) if isinstance(value, Mapping) else _stable(value)
         for name, value in settings.items()
-        if value is not None and not _PRIVATE.search(name)
+        if value is not None and not _PRIVATE.search(str(name))
     }
 
 
 def _stable(value: Any) -> Any:
     """A value as JSON that does not tell where an object lies in memory."""
-    return json.loads(_ADDRESS.sub("", json.dumps(value, default=plain)))
+    try:
+        written = json.dumps(value, default=plain)
+    except (TypeError, ValueError):  # keys that are no text, or a value that holds itself
+        written = json.dumps(repr(value))
+    return json.loads(_ADDRESS.sub("", written))

@@ -31,6 +31,21 @@ def test_the_question_is_the_last_message_without_what_dspy_writes_around_it(ada
     assert question(asked).split() == [*CLAUSE.split(), "n"]
 
 
+def test_a_text_that_asks_for_a_response_itself_is_read_whole():
+    text = "Draft a letter.\n\nRespond with a contract clause on assignment.\n\nRespond with the corresponding words."
+    assert question(request("text -> label", text=text)).split() == text.split()
+
+
+def test_an_empty_question_goes_to_the_base():
+    route = AutoRoute(CLASSIFIER, {None: "base", "legal": "base/legal@1"})
+    assert route(request("text -> label", text="")) == "base"
+
+
+def test_the_name_stays_when_the_base_comes_to_this_disk():
+    before, after = ({None: f"lora/a/b@{base}", "legal": f"lora/a/b@{base}/legal@1"} for base in ("main", "0" * 12))
+    assert AutoRoute(CLASSIFIER, before).ref == AutoRoute(CLASSIFIER, after).ref
+
+
 def test_a_clear_question_goes_to_its_adapter_and_others_to_the_base():
     route = AutoRoute(CLASSIFIER, {None: "base", "legal": "base/legal@1"})
     assert route(request("text -> label", text=CLAUSE)) == "base/legal@1"

@@ -7,7 +7,9 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
+import httpx
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -138,6 +140,13 @@ def test_the_tied_head(adapter, base):
     assert check_adapter(adapter.save(target_modules=[*TARGETS, "lm_head"]), base, MAX_RANK).modules == 15
 
 
+@pytest.mark.parametrize("init", ["pissa", "lora_ga"])  # the second, vLLM would serve without what the base lost
+def test_initialisations_that_change_the_base(adapter, base, init):
+    assert f"init_lora_weights {init!r} changes the base's weights" in refusal(
+        adapter.save(init_lora_weights=init), base
+    )
+
+
 @pytest.mark.parametrize("init", [True, False, None, "gaussian", "EVA", "orthogonal"])
 def test_initialisations_that_leave_the_base_as_it_is(adapter, base, init):
     assert check_adapter(adapter.save(init_lora_weights=init), base, MAX_RANK).modules == 14
@@ -241,7 +250,7 @@ print(json.dumps(refused))
 def test_vllm_refuses_the_same_configurations(adapter, base):
     """Both ways: what vLLM refuses is refused here, and what it takes is not (but for what it would ignore)."""
     pytest.importorskip("vllm")
-    inits = [True, False, None, "gaussian", "EVA", "orthogonal", "mica", "lora_ga", "pissa", "pissa_niter_16", "olora"]
+    inits = [True, False, None, "gaussian", "EVA", "orthogonal", "mica", "pissa", "pissa_niter_16", "olora"]
     changes = [{}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"rank_pattern": {"nothing": 65}}]
     changes += [{name: True} for name in ("use_dora", "lora_bias", "use_qalora")]
     changes += [{"alora_invocation_tokens": [1]}, {"layer_replication": [[0, 2]]}, {"use_bdlora": {"nblocks": 2}}]
@@ -482,7 +491,9 @@ def download(tmp_path, monkeypatch):
         for folder in ("refs", "snapshots"):
             (model / folder).mkdir(parents=True)
         (model / "refs" / "main").write_text("abc")
-        return write_base(model / "snapshots" / "abc")
+        base = write_base(model / "snapshots" / "abc")
+        Path(base.path, "tokenizer.json").write_text("{}")
+        return base
 
     return download
 
@@ -497,11 +508,12 @@ def test_a_hub_id_in_the_cache_is_its_snapshot(download):
     ("missing", "index"),
     [("model-00002-of-00002.safetensors", None),
      ("model-00001-of-00002.safetensors", {"a": "model-00001-of-00002.safetensors"}),
-     ("model-00002-of-00002.safetensors", {"b": "model-00002-of-00002.safetensors"})],
+     ("model-00002-of-00002.safetensors", {"b": "model-00002-of-00002.safetensors"}),
+     ("tokenizer.json", None)],
 )  # fmt: skip
 def test_a_download_that_has_not_ended_stays_an_id(missing, index, download):
     """As a folder vLLM would take it for the whole model."""
-    snapshot = Path(download(f"Half{missing[10]}{bool(index)}").path)
+    snapshot = Path(download(f"Half{missing[:11]}{bool(index)}").path)
     (snapshot / missing).unlink()
     if index:
         (snapshot / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
@@ -526,6 +538,13 @@ def test_what_is_trained_names_a_base_that_was_downloaded_for_it(download, monke
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: download("Fetched").path)
     fetched = fetch_base("Org/Fetched")
     assert fetched.name == "Org/Fetched" and fetched.folder is not None and len(fetched.revision) == 12
+    (fetched.folder / "model-00002-of-00002.safetensors").unlink()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: fetched.path)
+    with pytest.raises(ConfigError, match="lacks some of its weights"):
+        fetch_base("Org/Fetched")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", mock.Mock(side_effect=httpx.ConnectError("no route")))
+    with pytest.raises(ConfigError, match="cannot be downloaded: no route"):
+        fetch_base("Org/Fetched")
     assert fetch_base("seedling") == resolve_base("seedling")
 
 

@@ -1,9 +1,11 @@
 """The domain classifier: what it learns from, what it says of text it cannot place, its files, its speed."""
 
 import copy
+import errno
 import json
 import math
 import pickle
+from pathlib import Path
 
 import dspy
 import numpy as np
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from dspy_lora.detection.calibration import make_eager
 from dspy_lora.detection.classifier import PACKAGED, DomainClassifier
 from dspy_lora.detection.ngrams import LONGEST, ngrams
-from dspy_lora.detection.record import RECORD_FILE, WEIGHTS_FILE
+from dspy_lora.detection.record import RECORD_FILE
 from dspy_lora.detection.softmax import Model, Row, calibration_error, fit, softmax, temperature
 from dspy_lora.errors import ConfigError, DataError, PublishError
 
@@ -249,19 +251,39 @@ def test_a_saved_classifier_says_the_same(wary, tmp_path):
         assert loaded.choose(text).domain == wary.choose(text).domain
         assert loaded.choose(text).probability == pytest.approx(wary.choose(text).probability, abs=0.02)
     assert (loaded.margin, loaded.trained_on) == (wary.margin, wary.trained_on)
-    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == [RECORD_FILE, WEIGHTS_FILE]
+    assert sorted(path.suffix for path in (tmp_path / "new" / "folder").iterdir()) == [".json", ".npz"]
+
+
+def test_a_classifier_that_cannot_be_saved_leaves_the_one_that_was_there(classifier, wary, tmp_path, monkeypatch):
+    classifier.save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    real = Path.replace
+
+    def replace(path, target):
+        if path.name == RECORD_FILE:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(PublishError, match=r"No space left .* Nothing was changed"):
+        patch.setattr(Path, "replace", replace)
+        wary.save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    wary.save(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert DomainClassifier.load(tmp_path).margin == wary.margin
 
 
 def test_no_pickle_is_read(classifier, tmp_path):
     classifier.save(tmp_path)
-    (tmp_path / WEIGHTS_FILE).write_bytes(pickle.dumps({"weights": 1}))
-    with pytest.raises(ConfigError, match="is not the one"):
+    [weights] = tmp_path.glob("*.npz")
+    weights.write_bytes(pickle.dumps({"weights": 1}))
+    with pytest.raises(ConfigError, match="are not the ones"):
         DomainClassifier.load(tmp_path)
-    np.savez(tmp_path / WEIGHTS_FILE, weights=np.array([{}], dtype=object))
+    np.savez(weights, weights=np.array([{}], dtype=object))
     record = json.loads((tmp_path / RECORD_FILE).read_text())
     import hashlib
 
-    record["sha256"] = hashlib.sha256((tmp_path / WEIGHTS_FILE).read_bytes()).hexdigest()
+    record["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
     (tmp_path / RECORD_FILE).write_text(json.dumps(record))
     with pytest.raises(ConfigError, match="holds no classifier that can be read"):
         DomainClassifier.load(tmp_path)

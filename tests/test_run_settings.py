@@ -8,7 +8,13 @@ import sys
 
 import dspy
 import pydantic
+import pytest
+from dspy_lora.optimizers.run_log import RunLog
 from dspy_lora.optimizers.run_settings import lm_settings, program_settings
+
+from dspy_lora import LoRALM
+from dspy_lora.adapters.base import Base
+from dspy_lora.errors import ConfigError
 
 
 class Parts(pydantic.BaseModel):
@@ -68,3 +74,31 @@ def test_settings_are_the_same_in_every_process():
         for seed in ("1", "2", "3")
     }
     assert len(found) == 1
+
+
+def test_a_run_goes_on_when_its_base_has_come_to_this_disk(tmp_path, monkeypatch):
+    program = dspy.Predict("first, second -> answer")
+    for name, base in (("first", "main"), ("second", "0" * 12)):
+        lm = LoRALM("Org/Settings")
+        monkeypatch.setattr(lm, "_base", Base("Org/Settings", f"/{name}", base))
+        program.lm = lm
+        RunLog(tmp_path, program_settings(program))
+    monkeypatch.setattr(lm, "_base", Base("Org/Settings", "/third", "1" * 12))
+    RunLog(tmp_path, program_settings(program))  # the folder was begun without knowing which
+    monkeypatch.setattr(lm, "_base", Base("Org/Other", "/third", "1" * 12))
+    with pytest.raises(ConfigError, match=r"lm\.model was 'Org/Settings/None', is 'Org/Other/None'"):
+        RunLog(tmp_path, program_settings(program))
+
+
+def test_fields_in_another_order_are_another_program(tmp_path):
+    RunLog(tmp_path, program_settings(dspy.Predict(dspy.Signature("first, second -> answer", "Compare."))))
+    with pytest.raises(ConfigError, match=r"order was 'first, second, answer', is 'second, first, answer'"):
+        RunLog(tmp_path, program_settings(dspy.Predict(dspy.Signature("second, first -> answer", "Compare."))))
+
+
+def test_what_json_does_not_know_is_a_setting_like_any_other(tmp_path):
+    program = dspy.Module()
+    program.threshold, program.step = float("nan"), dspy.Predict("text -> label", table={(1, 2): "x"})
+    program.step.demos = [dspy.Example(text="\ud800", label={("a", "b"): 1})]
+    for _ in range(2):
+        RunLog(tmp_path, program_settings(program))

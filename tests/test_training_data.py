@@ -18,7 +18,7 @@ from dspy_lora.engine.host import Host
 from dspy_lora.engine.protocol import Generate
 from dspy_lora.errors import DataError
 from dspy_lora.training import data
-from dspy_lora.training.rendering import Renderer
+from dspy_lora.training.rendering import Renderer, comparable, typed
 
 CLAUSE = dspy.Signature("text -> label", "Name the type of the contract clause.")
 ROWS = [
@@ -261,6 +261,23 @@ def test_a_rendered_answer_of_any_type_matches_its_row_and_no_other(adapter: dsp
     assert match(answer, ASSESSED)
     others = {"team": "network", "period": {"months": 12}, "urgent": False, "share": 3.5, "note": "first second"}
     assert not any(match(answer, ASSESSED | {name: other}) for name, other in others.items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "one", "other", "are_equal"),
+    [
+        (set[int], [8, 0], {0, 8}, True),
+        (set[int], [8, 0], {0, 7}, False),
+        (int | float, 1, 1.0, True),
+        (dict[str, float], {"a": 1}, {"a": 1.0}, True),
+        (list[int], [8, 0], [0, 8], False),
+        (bool, "true", 1, True),
+    ],
+)
+def test_equal_values_are_comparable_alike(kind: Any, one: Any, other: Any, are_equal: bool) -> None:
+    field = dspy.Signature("text -> found").with_updated_fields("found", type_=kind).output_fields["found"]
+    first, second = (comparable(typed("found", value, field)) for value in (one, other))
+    assert (first == second) is are_equal
 
 
 def write(path: Path, *lines: str) -> Path:

@@ -154,9 +154,11 @@ def test_a_tool_call_that_is_no_json_is_handed_on_as_a_server_s_is():
     """The model's mistake is the program's to handle; an error here would look like an engine out of reach."""
     from dspy._vendor.lm15.providers.common import parse_json_object
 
-    candidate = Candidate("", "tool_calls", 9, tool_calls=[ToolCall("1", "weather", "{city")])
+    texts = ["{city", "", "3", '{"city": "Paris"}']
+    candidate = Candidate("", "tool_calls", 9, tool_calls=[ToolCall("1", "weather", text) for text in texts])
     [response] = translate.to_responses(done(candidate), MODEL)
-    assert dict(response.message.parts[0].input) == parse_json_object("{city") == {"partial_json": "{city"}
+    assert [dict(part.input) for part in response.message.parts] == [parse_json_object(text) for text in texts]
+    assert parse_json_object("{city") == {"partial_json": "{city"}
 
 
 def test_logprobs_keep_their_tokens():

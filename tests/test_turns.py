@@ -50,6 +50,34 @@ async def test_adapters_with_slots_run_at_once():
     await end(adapters, *requests)
 
 
+@pytest.mark.parametrize("cancelled", ["all", "the first that waits"])
+async def test_requests_that_are_cancelled_when_a_slot_comes_free_keep_none(cancelled):
+    turns, answered = Turns(1), []
+
+    async def run(adapter, seconds=0.0):
+        async with turns.turn(adapter):
+            await asyncio.sleep(seconds)
+            answered.append(adapter)
+
+    first = asyncio.create_task(run("a", 60 if cancelled == "all" else 0.01))
+    await asyncio.sleep(0)
+    waiting = [asyncio.create_task(run("b")) for _ in range(2)]
+    await asyncio.sleep(0)
+    if cancelled == "all":
+        whole = asyncio.gather(first, *waiting)
+        whole.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await whole
+    else:
+        turns_leave = turns._leave
+        turns._leave = lambda adapter: (waiting[0].cancel() if adapter == "a" else None, turns_leave(adapter))
+        await asyncio.wait_for(asyncio.gather(first, waiting[1]), 5)
+    await asyncio.gather(*waiting, return_exceptions=True)
+    await asyncio.wait_for(run("c"), 5)
+    assert (turns._running, turns._waiting) == ({}, {})
+    assert answered == (["c"] if cancelled == "all" else ["a", "b", "c"])
+
+
 async def test_a_turn_says_whether_the_adapter_has_just_come_in():
     turns = Turns(2)
     async with turns.turn("a") as first, turns.turn("a") as second, turns.turn("b") as other:

@@ -22,6 +22,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 # fingerprint would take longer than loading the model.
 _WHOLE_FILE = 256 * 2**20
 _FETCHED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")  # no second copy of the weights as pickles
+_TOKENIZERS = ("tokenizer*", "*.model", "vocab.*")
 _SHARD = re.compile(r".*-\d+-of-(\d+)\.safetensors")
 
 # Hugging Face ids that were not on this disk when this process first asked. They stay ids: the engine that downloads
@@ -108,16 +109,19 @@ def fetch_base(model: str | None) -> Base:
     base = resolve_base(model)
     if base.folder is not None:
         return base
+    import httpx
     from huggingface_hub import snapshot_download
 
     try:
         folder = Path(snapshot_download(base.name, allow_patterns=list(_FETCHED)))
-    except OSError as exc:
+        if any(folder.glob("*.safetensors")) and not _has_all_weights(folder):  # offline it returns what there is
+            raise OSError(f"{folder} lacks some of its weights")
+    except (OSError, httpx.HTTPError) as exc:
         raise ConfigError(
             f"base model {base.name!r} is not on this disk and cannot be downloaded: {exc}. Give its folder, or "
             f"bring it with `hf download {base.name}`."
         ) from exc
-    return _from_folder(base.name, folder) if any(folder.glob("*.safetensors")) else base
+    return _from_folder(base.name, folder) if _has_all_weights(folder) else base
 
 
 @functools.cache
@@ -163,7 +167,12 @@ def _cached_snapshot(model: str) -> Path | None:
         config = try_to_load_from_cache(model, "config.json")
     except ValueError as exc:  # its check of ids is stricter than ours
         raise ConfigError(f"base model {model!r} is no Hugging Face id: {exc}") from exc
-    return Path(config).parent if isinstance(config, str) and _has_all_weights(Path(config).parent) else None
+    folder = Path(config).parent if isinstance(config, str) else None
+    return folder if folder and _has_all_weights(folder) and _has_tokenizer(folder) else None
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in _TOKENIZERS)
 
 
 def _has_all_weights(folder: Path) -> bool:

@@ -11,9 +11,10 @@ from dspy_lora.errors import AdapterError
 
 CONFIG_FILE = "adapter_config.json"
 
-# Initialisations that leave the base's weights as they are (PEFTHelper._init_is_supported); pissa, olora, corda, loftq
-# and others change them while loading, so the adapter alone is not the whole change.
-_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+# Initialisations that leave the base's weights as they are; pissa, olora, corda, loftq and others change them while
+# loading, so the adapter alone is not the whole change. vLLM (PEFTHelper._init_is_supported) takes lora_ga for one of
+# them; but it subtracts its first product from the base (peft/tuners/lora/layer.py, lora_ga_init).
+_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 _MERGE = "`dspy-lora merge` turns it into a plain LoRA or a merged base"
 # Features that vLLM refuses, or ignores so that the answers are not those the adapter was trained for; with the mend.
 _FEATURES = {

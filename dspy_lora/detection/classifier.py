@@ -290,7 +290,7 @@ class DomainClassifier:
     # -- files -----------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path) -> Path:
-        """Writes classifier.json and classifier.npz; weights are rounded to 8 bits.
+        """Writes classifier.json and the weights beside it; weights are rounded to 8 bits.
 
         Args:
             folder: Made where it is missing; a classifier that is there is replaced.

@@ -1,5 +1,6 @@
-"""What a saved classifier says of itself, and its two files."""
+"""What a saved classifier says of itself, and its two files: the record names the weights that belong to it."""
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from dspy_lora.adapters.disk import staging, writing
 
 RECORD_FILE = "classifier.json"
-WEIGHTS_FILE = "classifier.npz"
+WEIGHTS_FILE = "classifier.npz"  # where the record names none
 UNCALIBRATED_MARGIN = 0.1
 
 _FORMAT = 1
@@ -34,7 +35,7 @@ class Record:
 
 
 def write(folder: Path, record: Record, arrays: dict[str, Any]) -> None:
-    """Writes both files, or neither.
+    """Writes both files, or neither: the weights under a name of their own, then the record, which names them.
 
     Raises:
         PublishError: The disk refused.
@@ -43,21 +44,29 @@ def write(folder: Path, record: Record, arrays: dict[str, Any]) -> None:
     np.savez_compressed(content, **arrays)
     said = {"format": _FORMAT, **dataclasses.asdict(record)}
     said["sha256"] = hashlib.sha256(content.getvalue()).hexdigest()
-    with writing("save the classifier", folder), staging(folder) as hidden:
-        (hidden / WEIGHTS_FILE).write_bytes(content.getvalue())
+    said["weights"] = f"classifier-{said['sha256'][:12]}.npz"
+    with writing("save the classifier", folder), staging(folder) as hidden, contextlib.ExitStack() as undo:
+        (hidden / "weights").write_bytes(content.getvalue())
         (hidden / RECORD_FILE).write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
-        for name in (WEIGHTS_FILE, RECORD_FILE):
-            (hidden / name).replace(folder / name)
+        if not (folder / said["weights"]).exists():
+            undo.callback((folder / said["weights"]).unlink, missing_ok=True)
+        (hidden / "weights").replace(folder / said["weights"])
+        (hidden / RECORD_FILE).replace(folder / RECORD_FILE)
+        undo.pop_all()
+    for old in folder.glob("classifier*.npz"):
+        if old.name != said["weights"]:
+            with contextlib.suppress(OSError):
+                old.unlink()
 
 
 def read(folder: Path) -> tuple[Record, dict[str, NDArray[Any]]]:
     """The record and the arrays, checked against each other."""
-    record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
-    if record.pop("format") != _FORMAT:
-        raise ValueError(f"{RECORD_FILE} is of another format than {_FORMAT}")
-    content = (folder / WEIGHTS_FILE).read_bytes()
+    try:
+        record, content = _files(folder)
+    except FileNotFoundError:  # replaced since the record was read
+        record, content = _files(folder)
     if hashlib.sha256(content).hexdigest() != record.pop("sha256"):
-        raise ValueError(f"{WEIGHTS_FILE} is not the one that {RECORD_FILE} was written with")
+        raise ValueError(f"the weights are not the ones that {RECORD_FILE} was written with")
     with np.load(io.BytesIO(content), allow_pickle=False) as file:
         arrays = dict(file)
     found = Record(**record)
@@ -65,3 +74,10 @@ def read(folder: Path) -> tuple[Record, dict[str, NDArray[Any]]]:
     if arrays["weights"].shape != shape or arrays["bias"].shape != shape[1:]:
         raise ValueError(f"weights of shape {arrays['weights'].shape} where {shape} is needed")
     return found, arrays
+
+
+def _files(folder: Path) -> tuple[dict[str, Any], bytes]:
+    record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+    if record.pop("format") != _FORMAT:
+        raise ValueError(f"{RECORD_FILE} is of another format than {_FORMAT}")
+    return record, (folder / Path(record.pop("weights", WEIGHTS_FILE)).name).read_bytes()

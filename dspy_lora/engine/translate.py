@@ -226,7 +226,7 @@ def _parts(candidate: Candidate) -> tuple[Any, ...]:
 def _arguments(text: str) -> dict[str, Any]:
     """Arguments of a tool call; what is no JSON object comes under the names that lm15 gives a server's."""
     try:
-        value = json.loads(text)
+        value = json.loads(text or "{}")
     except json.JSONDecodeError:
         return {"partial_json": text}
     return value if isinstance(value, dict) else {"value": value}

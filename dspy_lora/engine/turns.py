@@ -49,13 +49,19 @@ class Turns:
             await admitted
         except asyncio.CancelledError:
             if admitted.cancelled():
-                self._waiting[adapter].remove(admitted)
-                if not self._waiting[adapter]:
-                    del self._waiting[adapter]
+                self._forget(adapter, admitted)
                 self._admit()
             else:  # admitted and cancelled at once
                 self._leave(adapter)
             raise
+
+    def _forget(self, adapter: str, admitted: asyncio.Future[None]) -> None:
+        """Takes a request out of those that wait, unless its adapter's turn came before it could go."""
+        waiting = self._waiting.get(adapter, [])
+        if admitted in waiting:
+            waiting.remove(admitted)
+        if not waiting:
+            self._waiting.pop(adapter, None)
 
     def _leave(self, adapter: str) -> None:
         self._running[adapter] -= 1
@@ -80,6 +86,8 @@ class Turns:
 
     def _start(self, adapter: str) -> None:
         for admitted in self._waiting.pop(adapter, []):
+            if admitted.cancelled():  # its task has yet to run
+                continue
             self._running[adapter] = self._running.get(adapter, 0) + 1
             admitted.set_result(None)
 

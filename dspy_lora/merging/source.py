@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     import dspy
 
 # Initialisations that took a part out of the base's weights which cannot be found again from the base alone: a random
-# projection (two seeds of pissa_niter_16 leave weights that differ by 23 % on the seedling), calibration data, 4 bit.
-_LOST_INITS = ("pissa_niter", "corda", "loftq")
+# projection (two seeds of pissa_niter_16 leave weights that differ by 23 % on the seedling), calibration data, 4 bit,
+# gradients.
+_LOST_INITS = ("pissa_niter", "corda", "lora_ga", "loftq")
 _PACKAGES = ("dspy-lora", "peft", "torch", "transformers")
 
 

@@ -13,7 +13,7 @@ import pydantic
 from dspy.clients.provider import Provider
 from dspy.clients.utils_finetune import TrainDataFormat, get_finetune_directory
 
-from dspy_lora.adapters.base import Base
+from dspy_lora.adapters.base import Base, fetch_base
 from dspy_lora.adapters.peft_config import CONFIG_FILE, PeftConfig, read_json
 from dspy_lora.adapters.registry import AdapterRegistry, Revision
 from dspy_lora.adapters.revision import check_new_name
@@ -146,12 +146,13 @@ class LoRAProvider(Provider):
 
     def _config(self, given: dict[str, Any], parent: Revision | None, sha256: str) -> ChatConfig:
         """The run's settings: what was given, over the parent's shape, over the configuration."""
+        base = fetch_base(self._base.name)  # else the same run had another folder once it is there
         name = check_new_name(given.pop(NAME, None) or _default_name(parent, sha256))
         parent = parent if given.pop(FROM_PARENT, True) else None
         root = Path(given.pop(FOLDER, None) or get_finetune_directory())
         settings = over_configured(_defaults(load_config(), name), _settings(given, parent))
         decides = {key: value for key, value in settings.items() if key != "quiet"}
-        decides |= {"base": self._base.revision, "parent": parent.ref if parent else None, "data": sha256}
+        decides |= {"base": base.revision, "parent": parent.ref if parent else None, "data": sha256}
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()
         folder = root / f"{name}-{digest[:12]}"  # equal runs share it
         try:

@@ -122,12 +122,20 @@ def comparable(value: Any) -> str:
     """A typed value as text that two equal values share: a text itself, anything else as JSON with sorted keys.
 
     DSPy's parsers strip texts and unify their line breaks, so blanks around a text and kinds of line breaks are no
-    difference.
+    difference. Nor are a set's order, and 1 and 1.0.
     """
     plain = serialize_for_json(value)  # an Enum becomes its value, a pydantic model a dict
     if isinstance(plain, str):
         return "\n".join(plain.splitlines()).strip()
-    return json.dumps(plain, ensure_ascii=False, sort_keys=True)
+    if isinstance(value, set | frozenset):
+        plain = sorted(plain, key=comparable)
+    return json.dumps(json.loads(json.dumps(plain), parse_float=_number), ensure_ascii=False, sort_keys=True)
+
+
+def _number(text: str) -> float:
+    """A number of JSON, as a whole one where it is."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
 
 
 class _Recorder:
