@@ -5,7 +5,8 @@ import inspect
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -70,12 +71,17 @@ class Step:
     seconds: float
     tokens: int = 0
 
+    def toDict(self) -> dict[str, Any]:
+        """What ``dspy.Evaluate`` writes to JSON and CSV; the name is DSPy's."""
+        return asdict(self)
+
 
 class DomainPipeline(dspy.Module):
     """Answers a query with the adapter, the prompts and the context of its domain.
 
     A prediction carries ``route`` (which adapter answered, and why) and ``steps``, every decision in order with its
-    time and tokens. Async, batches, streaming, saving and ``dspy.Evaluate`` are DSPy's, as for any module.
+    time and tokens. Async, batches, streaming, saving and ``dspy.Evaluate`` are DSPy's, as for any module;
+    ``dspy.BestOfN`` and ``dspy.Refine`` sample from the adapters (``LoRARouter.set_lm``).
 
     Args:
         adapters: The adapter of each domain, as for ``LoRARouter``.
@@ -84,8 +90,10 @@ class DomainPipeline(dspy.Module):
             and DSPy's own optimizers make them. Predictors with LMs of their own, as LoRAGEPA's, keep them, and the
             route decides about the others; ``program.set_lm(None)`` leaves all to the route.
         context: Called with the query, and with a conversation that the program has no input for; a
-            ``ContextAssembler``. Its text becomes the program's
-            input ``context_field`` where the program has one, and else the end of each predictor's instruction.
+            ``ContextAssembler``. Its text becomes the program's input ``context_field`` where the program has one, and
+            else the end of the instruction of every call that the program makes, through the ``dspy.Adapter`` in
+            use: a program that sets one of its own while it runs is not told (a warning says so), and the hints of a
+            ``dspy.Refine`` around the pipeline do not arrive.
         context_field: The program's input for context.
         classifier: As for ``LoRARouter``.
         threshold: As for ``LoRARouter``.
@@ -141,6 +149,9 @@ class DomainPipeline(dspy.Module):
     def with_stages(self, *stages: str) -> "DomainPipeline":
         """The same pipeline with some stages alone; without any it is the program on the base model.
 
+        Without the stage ``"adapter"`` a copy runs of a program whose predictors have LMs of their own: stream
+        listeners and optimizers, which know predictors by identity, see none of its calls.
+
         Raises:
             ConfigError: The pipeline has nothing for a stage.
         """
@@ -150,6 +161,18 @@ class DomainPipeline(dspy.Module):
         other = copy.copy(self)
         other.stages = frozenset(stages)
         return other
+
+    def get_lm(self) -> dspy.BaseLM:
+        """As ``LoRARouter.get_lm``, of the program as written and the compiled ones.
+
+        Raises:
+            ConfigError: Some predictors have LMs of their own, and there is no one LM to name.
+        """
+        return self.router.lm_for(self._programs().values())
+
+    def set_lm(self, lm: dspy.BaseLM | None) -> None:
+        """As ``LoRARouter.set_lm``, of the program as written and the compiled ones."""
+        self.router.set_lm_for(list(self._programs().values()), lm)
 
     def dump_state(self, json_mode: bool = True) -> dict[str, Any]:
         """The states of the program as written and of the compiled ones, which DSPy itself leaves out."""
@@ -192,7 +215,7 @@ class DomainPipeline(dspy.Module):
         run = self._begin(query, inputs)
         if "context" in self.stages and self._context is not None:
             run.add_context(self._context(run.query, history=run.history), self._context_field)
-        with dspy.context(lm=run.lm), track_usage() as usage:
+        with run.settings(), track_usage() as usage:
             prediction = run.program(**run.inputs)
         return run.end(prediction, usage)
 
@@ -201,7 +224,7 @@ class DomainPipeline(dspy.Module):
         run = self._begin(query, inputs)
         if "context" in self.stages and self._context is not None:
             run.add_context(await self._context.acall(run.query, history=run.history), self._context_field)
-        with dspy.context(lm=run.lm), track_usage() as usage:
+        with run.settings(), track_usage() as usage:
             prediction = await run.program.acall(**run.inputs)
         return run.end(prediction, usage)
 
@@ -294,6 +317,7 @@ class _Run:
     inputs: dict[str, Any]
     query: str
     history: dspy.History | None = None
+    telling: "_Telling | None" = None  # where the context goes into the instructions
 
     def __init__(self, began: float, route: Route) -> None:
         self.route, self.steps = route, list[Step]()
@@ -317,16 +341,28 @@ class _Run:
 
     def add_context(self, assembled: Assembled, field: str) -> None:
         """Gives the program the context: as its input of that name, or at the end of each instruction."""
+        place = "instruction"
         if _has_input(self.program, field):
             self.inputs = {**self.inputs, field: assembled.text}
             place = f"input {field!r}"
-        else:
-            self.program = _told(self.program, assembled.text) if assembled.text else self.program
-            place = "instruction"
+        elif assembled.text:
+            self.telling = _Telling(dspy.settings.adapter or dspy.ChatAdapter(), assembled.text)
         self.step("context", place if assembled.text else "none", assembled.summary(), assembled.tokens)
+
+    def settings(self) -> AbstractContextManager[None]:
+        """DSPy's settings while the program runs."""
+        adapter = {} if self.telling is None else {"adapter": self.telling.adapter()}
+        context: AbstractContextManager[None] = dspy.context(lm=self.lm, **adapter)
+        return context
 
     def end(self, prediction: Any, usage: UsageTracker) -> dspy.Prediction:
         """The prediction with its marks."""
+        if self.telling is not None and not self.telling.told:
+            logger.warning(
+                "%s was not told the context: it called no predictor, or set a dspy adapter of its own. "
+                "Give it an input for the context.",
+                type(self.program).__name__,
+            )
         totals = usage.get_total_tokens()
         tokens = sum(each.get("prompt_tokens", 0) + each.get("completion_tokens", 0) for each in totals.values())
         self.step("answer", ", ".join(totals) or str(getattr(self.lm, "model", self.lm)), "", tokens)
@@ -356,13 +392,40 @@ def _copied(program: dspy.Module) -> dspy.Module:
     return bare.deepcopy()
 
 
-def _told(program: dspy.Module, text: str) -> dspy.Module:
-    """A copy of a program with a text at the end of each instruction."""
-    copied = _copied(program)
-    for _, predictor in copied.named_sub_modules(dspy.Predict):
-        instruction = predictor.signature.instructions
-        predictor.signature = predictor.signature.with_instructions(f"{instruction}\n\n{text}")
-    return copied
+@dataclass
+class _Telling:
+    """Ends the instruction of each call with a text.
+
+    It stands in a ``dspy.Adapter``, the one place that every predictor's call passes, those inside any module too, and
+    that is set for a thread or task alone. So the predictors stay as they are, which other queries use at the same
+    time, and are the ones that stream listeners and traces know.
+
+    Attributes:
+        beneath: The adapter that does the work.
+        text: What is told.
+        told: Whether it was.
+    """
+
+    beneath: dspy.Adapter
+    text: str
+    told: bool = False
+
+    def adapter(self) -> dspy.Adapter:
+        """An adapter that is as the one beneath in all but its calls; of its class, for modules that ask."""
+
+        def call(_: Any, lm: Any, lm_kwargs: Any, signature: Any, demos: Any, inputs: Any) -> Any:
+            return self.beneath(lm, lm_kwargs, self._longer(signature), demos, inputs)
+
+        async def acall(_: Any, lm: Any, lm_kwargs: Any, signature: Any, demos: Any, inputs: Any) -> Any:
+            return await self.beneath.acall(lm, lm_kwargs, self._longer(signature), demos, inputs)
+
+        made, kind = copy.copy(self.beneath), type(self.beneath)
+        made.__class__ = type(kind.__name__, (kind,), {"__call__": call, "acall": acall})
+        return made
+
+    def _longer(self, signature: type[dspy.Signature]) -> type[dspy.Signature]:
+        self.told = True
+        return signature.with_instructions(f"{signature.instructions}\n\n{self.text}")
 
 
 def _spent(result: EvaluationResult) -> list[Spent]:

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,10 @@ class Route:
     probability: float | None = None
     runner_up: str | None = None
 
+    def toDict(self) -> dict[str, Any]:
+        """What ``dspy.Evaluate`` writes to JSON and CSV; the name is DSPy's."""
+        return dataclasses.asdict(self)
+
 
 class LoRARouter(dspy.Module):
     """Runs a program on the adapter that fits the query; each call decides once, for all predictors in it.
@@ -50,6 +54,9 @@ class LoRARouter(dspy.Module):
     The adapter takes the place of ``dspy.settings.lm`` during the call, so a predictor with an LM of its own keeps it.
     Batches, streaming and saving are DSPy's: ``router.batch(examples)``, ``dspy.streamify(router)``, ``router.save``.
     Async calls need a program with ``aforward``, as DSPy's own modules have.
+
+    ``dspy.BestOfN(router, ...)`` and ``dspy.Refine`` sample from the adapters: see ``set_lm``. Where the router is a
+    part of another module, DSPy sets the predictors' LMs past it, and no route reaches them.
 
     Args:
         adapters: The adapter of each domain: a name in the registry (``"legal"``, ``"legal@0123456789ab"``), a folder
@@ -94,6 +101,7 @@ class LoRARouter(dspy.Module):
             name: wish if isinstance(wish, dspy.BaseLM) else make_lm(domain=self._ref(name, wish, registry), **place)
             for name, wish in wanted.items()
         }
+        self._changed = dict[str | None, dspy.BaseLM]()  # copies of all of them with the settings that `set_lm` brought
         self._input_field = input_field or _only_input(self.program)
         if own := with_own_lms(self.program):
             logger.warning("%s have LMs of their own, which no adapter replaces", ", ".join(own))
@@ -108,14 +116,63 @@ class LoRARouter(dspy.Module):
     @property
     def adapters(self) -> dict[str, dspy.BaseLM]:
         """The LM of each domain."""
-        return dict(self._lms)
+        return {name: self._changed.get(name, lm) for name, lm in self._lms.items()}
 
     def uncached(self) -> "LoRARouter":
         """The same router on LMs that answer nothing from DSPy's cache."""
         other = copy.copy(self)
         other._base_lm = self._base_lm.copy(cache=False)
         other._lms = {name: lm.copy(cache=False) for name, lm in self._lms.items()}
+        other._changed = {name: lm.copy(cache=False) for name, lm in self._changed.items()}
         return other
+
+    def get_lm(self) -> dspy.BaseLM:
+        """The base model's LM, whose copies ``set_lm`` takes settings from; that of all predictors where they have one.
+
+        Raises:
+            ConfigError: Some predictors have LMs of their own, and there is no one LM to name.
+        """
+        return self.lm_for([self.program])
+
+    def set_lm(self, lm: dspy.BaseLM | None) -> None:
+        """Changes the settings of all adapters and the base model, or takes another LM in their place.
+
+        Args:
+            lm: The base model's LM with other settings (``router.get_lm().copy(temperature=1.0, rollout_id=1)``, as
+                ``dspy.BestOfN`` and ``dspy.Refine`` make it): what it changes of them, the LM of every adapter takes
+                over, and the route decides for every predictor. Another LM: every predictor gets it for its own, as
+                with DSPy's ``set_lm``, and the route's reason says so. None: the LMs are again as they were given, and
+                the predictors have none of their own. (The base model for the predictors' own:
+                ``router.program.set_lm``.)
+        """
+        self.set_lm_for([self.program], lm)
+
+    def lm_for(self, programs: Iterable[dspy.Module]) -> dspy.BaseLM:
+        """``get_lm`` of a module that runs these programs on the router's LMs."""
+        own = _lms_of(programs)
+        if len(set(own)) > 1:
+            raise ConfigError(
+                "some predictors have LMs of their own, so there is no one LM to get. `set_lm(None)` leaves all of "
+                "them to the route."
+            )
+        return next((lm for lm in own if lm is not None), self._changed.get(None, self._base_lm))
+
+    def set_lm_for(self, programs: Sequence[dspy.Module], lm: dspy.BaseLM | None) -> None:
+        """``set_lm`` of a module that runs these programs on the router's LMs."""
+        # A program that was given the base model for its own keeps to it: its copies are no settings for adapters.
+        routed = lm is None or (self._is_base(lm) and not any(self._is_base(each) for each in _lms_of(programs)))
+        changes = _changes(self._base_lm, lm) if routed and lm is not None else {}
+        self._changed = {name: self._given(name).copy(**changes) for name in (None, *self._lms)} if changes else {}
+        for program in programs:
+            program.set_lm(None if routed else lm)
+
+    def _given(self, adapter: str | None) -> dspy.BaseLM:
+        """The LM of an adapter, or of the base model, as it was given."""
+        return self._base_lm if adapter is None else self._lms[adapter]
+
+    def _is_base(self, lm: dspy.BaseLM | None) -> bool:
+        """Whether an LM is the base model's, in whatever settings."""
+        return lm is not None and type(lm) is type(self._base_lm) and lm.model == self._base_lm.model
 
     def dump_state(self, json_mode: bool = True) -> dict[str, Any]:
         """The program's state; DSPy itself leaves out a program that is compiled."""
@@ -266,7 +323,7 @@ class LoRARouter(dspy.Module):
 
     def lm_of(self, route: Route) -> dspy.BaseLM:
         """The LM that a route leads to."""
-        return self._base_lm if route.adapter is None else self._lms[route.adapter]
+        return self._changed.get(route.adapter, self._given(route.adapter))
 
     def _run(self, route: Route, inputs: dict[str, Any]) -> dspy.Prediction:
         with dspy.context(lm=self.lm_of(route)):
@@ -280,6 +337,21 @@ class LoRARouter(dspy.Module):
 def with_own_lms(program: dspy.Module) -> list[str]:
     """Names of the predictors that no route reaches."""
     return [name for name, each in program.named_sub_modules(dspy.Predict) if each.lm is not None]
+
+
+def _lms_of(programs: Iterable[dspy.Module]) -> list[dspy.BaseLM | None]:
+    """The LM of its own, or None, of whatever DSPy's ``set_lm`` reaches in the programs."""
+    leaves = [each for program in programs for each in program.parameters()]
+    return [each.lm for each in leaves if isinstance(each, dspy.Module)]
+
+
+def _changes(before: dspy.BaseLM, after: dspy.BaseLM) -> dict[str, Any]:
+    """The settings that make one LM of another; None takes one away."""
+    old, new = ({**lm.kwargs, "cache": lm.cache} for lm in (before, after))
+    changes = {key: new.get(key) for key in old | new if new.get(key) != old.get(key)}
+    if "rollout_id" in changes:  # at another temperature than it was made for it may change nothing
+        changes["temperature"] = new.get("temperature")
+    return changes
 
 
 def but_for_own_lms(route: Route, program: dspy.Module) -> Route:

@@ -161,7 +161,8 @@ class ACE(Teleprompter):
 
         Args:
             program: Compiled or not; it is not changed.
-            path: A Markdown file of the playbook, read if it is there and written after every change.
+            path: A Markdown file of the playbook, read if it is there and written after every change. Several workers
+                may share it: each brings in what the others have learned when it writes.
 
         Raises:
             DataError: The file cannot be read as a playbook; it is left as it is. Or there is none, and the one in the

@@ -1,12 +1,12 @@
 """How ACE folds what a program did into a playbook, offline and online alike."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import dspy
-from dspy.utils.exceptions import AdapterParseError
 from dspy_lora.optimizers.ace_roles import Curator, Record, Reflector, RuleCurator, RuleReflector
+from dspy_lora.optimizers.outages import is_answer, is_too_long
 from dspy_lora.optimizers.proposers import RIGHT_ANSWER
 from dspy_lora.optimizers.rollouts import Rollout, shown_value
 
@@ -82,13 +82,16 @@ class Learner:
     def build(self, instructions: Mapping[str, str]) -> dspy.Module:
         """A copy of the program with other instructions."""
         program = self.program.deepcopy()
-        for name, predictor in program.named_predictors():
-            predictor.signature = predictor.signature.with_instructions(instructions[name])
+        _instruct(program, instructions)
         return program
 
     def told(self, playbook: Playbook) -> dspy.Module:
         """A copy of the program that is told a playbook."""
         return self.build(self.instructions(playbook))
+
+    def tell(self, program: dspy.Module, playbook: Playbook) -> None:
+        """Tells a playbook to a program that ``told`` made; its predictors stay the same objects."""
+        _instruct(program, self.instructions(playbook))
 
     def deltas(self, playbook: Playbook, records: Mapping[str, Sequence[Record]], failures: list[str]) -> list[Delta]:
         """What attempts teach, as operations that the playbook will take.
@@ -97,31 +100,49 @@ class Learner:
             playbook: What the program was told; it is not changed.
             records: Attempts of each predictor.
             failures: Takes what went wrong.
+
+        Raises:
+            LMError: An LM is out of reach, or another outage. What is only too long for it is halved, down to one
+                attempt or insight, and left out if that is too long too.
         """
         found: list[Delta] = []
         for name, attempts in records.items():
-            try:
-                found += self._reflect(playbook, name, attempts) if attempts else []
-            except AdapterParseError as exc:
-                failures.append(f"{name}: a reflection could not be parsed and is left out: {exc}"[:500])
+            found += self._reflect(playbook, name, attempts, failures) if attempts else []
         refusals = playbook.refusals(found)
         failures += [reason for reason in refusals if reason]
         return [delta for delta, reason in zip(found, refusals, strict=True) if reason is None]
 
-    def _reflect(self, playbook: Playbook, name: str, attempts: Sequence[Record]) -> list[Delta]:
+    def _reflect(self, playbook: Playbook, name: str, attempts: Sequence[Record], failures: list[str]) -> list[Delta]:
         own = self._share(playbook, name)
         section = self._section(name)
+
+        def failed(exc: Exception) -> None:
+            what = "was too long" if is_too_long(exc) else "failed"
+            failures.append(f"{name}: a reflection {what} and is left out: {exc}"[:500])
+
+        def reflect(part: Sequence[Record]) -> dspy.Prediction:
+            return self.reflector(task=self.tasks[name], playbook=own, section=section, records=part)
+
+        def curate(part: Sequence[str]) -> dspy.Prediction:
+            return self.curator(playbook=own, section=section, insights=part, tokens_left=left)
+
         left = self.ace.token_budget - self.count(playbook.prompt())
         with dspy.context(lm=self.ace.reflection_lm or dspy.settings.lm, trace=[]):
-            seen = self.reflector(task=self.tasks[name], playbook=own, section=section, records=attempts)
-            found = self.curator(playbook=own, section=section, insights=seen.insights, tokens_left=left)
-        return [*seen.counts, *found.operations]
+            seen = _in_parts(reflect, attempts, failed)
+            found = _in_parts(curate, [text for each in seen for text in each.insights], failed) if seen else []
+        return [*(delta for each in seen for delta in each.counts), *(d for each in found for d in each.operations)]
 
     def fold(self, playbook: Playbook, deltas: Sequence[Delta]) -> None:
-        """Carries operations out, merges what says the same, keeps to the budget."""
+        """Carries operations out and tidies up."""
         playbook.apply(deltas)
         if any(not isinstance(delta, Update) or delta.text for delta in deltas):
-            playbook.refine(self.ace.embedder, self.ace.similarity)
+            self.tidy(playbook)
+        else:  # counts alone make no two bullets alike
+            playbook.trim(self.ace.token_budget, self.count)
+
+    def tidy(self, playbook: Playbook) -> None:
+        """Merges what says the same, keeps to the budget."""
+        playbook.refine(self.ace.embedder, self.ace.similarity)
         playbook.trim(self.ace.token_budget, self.count)
 
     def records(self, example: dspy.Example, rollout: Rollout) -> dict[str, list[Record]]:
@@ -148,6 +169,34 @@ class Learner:
         """The bullets for a predictor: a section ``"summarize / Length"`` is for ``summarize`` alone."""
         others = {f"{other} /" for other in self.tasks if other != name}
         return Playbook(bullet for bullet in playbook.bullets if not bullet.section.startswith(tuple(others)))
+
+
+def _instruct(program: dspy.Module, instructions: Mapping[str, str]) -> None:
+    """Gives each predictor its instruction in one step, so that a call reads the old one or the new one."""
+    for name, predictor in program.named_predictors():
+        predictor.signature = predictor.signature.with_instructions(instructions[name])
+
+
+def _in_parts(
+    ask: Callable[[Sequence[Any]], dspy.Prediction], items: Sequence[Any], failed: Callable[[Exception], None]
+) -> list[dspy.Prediction]:
+    """What a role says of items: of all at once or, where its prompt is too long, of each half, down to one item.
+
+    Args:
+        ask: Asks the role.
+        items: What it is asked about.
+        failed: Takes what it raised where nothing shorter is left to ask, or its answer was of no use.
+    """
+    try:
+        return [ask(items)]
+    except Exception as exc:
+        if not is_answer(exc):
+            raise
+        if len(items) < 2 or not is_too_long(exc):
+            failed(exc)
+            return []
+    middle = len(items) // 2  # outside the handler: what a half raises was not caused by the length of the whole
+    return [part for half in (items[:middle], items[middle:]) for part in _in_parts(ask, half, failed)]
 
 
 def _told(feedback: str, right: Mapping[str, Any]) -> dict[str, str]:

@@ -27,14 +27,17 @@ _REMEMBERED = 1_024  # answers that feedback may still come for
 class Online(dspy.Module):
     """A program that answers with its current playbook and learns from feedback. Any thread may call it.
 
-    An answer under way keeps the playbook that it began with. ``save`` and ``load`` hold program and playbook.
+    ``program`` and its predictors stay the same objects, for those who listen to them or trace them; what was learned
+    changes their instructions. A predictor reads its own once a call, so it is told the old playbook or the new one.
+    ``save`` and ``load`` hold program and playbook.
 
     Args:
         ace: The settings.
         program: The program; it is not changed.
-        path: The playbook's file.
+        path: The playbook's file. Several workers may learn into one: see ``Playbook.save``.
 
     Attributes:
+        program: A copy of the program, which is told the playbook.
         playbook: What it has learned.
         failures: What went wrong while it learned.
     """
@@ -42,11 +45,19 @@ class Online(dspy.Module):
     def __init__(self, ace: "ACE", program: dspy.Module, path: Path | None = None) -> None:
         super().__init__()
         self.learner, self.path = Learner(ace, program), path
-        self.playbook = Playbook.load(path) if path is not None and path.exists() else self.learner.start()
+        self.playbook = self._beginning()
         self.program = self.learner.told(self.playbook)
         self.failures: list[str] = []
         self._answers: deque[tuple[dspy.Prediction, Rollout]] = deque(maxlen=_REMEMBERED)
         self._lock = threading.Lock()
+
+    def _beginning(self) -> Playbook:
+        if self.path is not None and self.path.exists():
+            return Playbook.load(self.path)
+        playbook = self.learner.start()
+        if self.path is not None:
+            playbook.share(self.path)  # another worker may write it first
+        return playbook
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
@@ -141,6 +152,12 @@ class Online(dspy.Module):
     def _learn(self, records: Mapping[str, Sequence[Record]]) -> None:
         with self._lock:
             self.learner.fold(self.playbook, self.learner.deltas(self.playbook, records, self.failures))
-            self.program = self.learner.told(self.playbook)
-            if self.path is not None:
-                self.playbook.save(self.path)
+            try:
+                self._save()
+            finally:
+                self.learner.tell(self.program, self.playbook)
+
+    def _save(self) -> None:
+        """Writes the file; where that brought in what others have learned, the whole is tidied up and written again."""
+        while self.path is not None and self.playbook.save(self.path):
+            self.learner.tidy(self.playbook)

@@ -3,19 +3,23 @@
 from collections.abc import Iterator
 
 from dspy import lm15
-from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError, LMCollectionLimitError, LMError
+from dspy.utils.exceptions import (
+    AdapterParseError,
+    ContextWindowExceededError,
+    LMCollectionLimitError,
+    LMError,
+    LMInvalidRequestError,
+    LMUnsupportedModelError,
+)
 
 from dspy_lora.errors import AdapterError, EngineError, MissingDependencyError
 
 _OUTAGES = (LMError, lm15.LM15Error, EngineError, AdapterError, MissingDependencyError)
-# The LM answered, or the program asked for more than it can read: another run would see the same.
-_ANSWERS = (
-    AdapterParseError,
-    ContextWindowExceededError,
-    LMCollectionLimitError,
-    lm15.ContextLengthError,
-    lm15.CollectionLimitError,
-)
+_TOO_LONG = (ContextWindowExceededError, lm15.ContextLengthError)
+_REFUSED = (LMInvalidRequestError, lm15.InvalidRequestError)  # such as by a provider's filter of contents
+_NO_MODEL = (LMUnsupportedModelError, lm15.UnsupportedModelError)  # which is one of them, and no row's fault
+# The LM answered, refused this one, or the program asked for more than it can read: another run would see the same.
+_ANSWERS = (AdapterParseError, *_TOO_LONG, *_REFUSED, LMCollectionLimitError, lm15.CollectionLimitError)
 
 
 def is_outage(error: BaseException) -> bool:
@@ -23,12 +27,23 @@ def is_outage(error: BaseException) -> bool:
 
     An error that was raised while an outage was handled is one too: modules word errors of their LM anew.
     """
-    for each in _chain(error):
-        if isinstance(each, _ANSWERS):
-            return False
-        if isinstance(each, _OUTAGES):
-            return True
-    return False
+    told = _telling(error)
+    return told is not None and (isinstance(told, _NO_MODEL) or not isinstance(told, _ANSWERS))
+
+
+def is_answer(error: BaseException) -> bool:
+    """Whether the LM is well: its answer was of no use, it refused, or the prompt or the answer was too long."""
+    return isinstance(_telling(error), _ANSWERS) and not is_outage(error)
+
+
+def is_too_long(error: BaseException) -> bool:
+    """Whether a prompt was longer than the LM can read; a shorter one may do."""
+    return isinstance(_telling(error), _TOO_LONG)
+
+
+def _telling(error: BaseException) -> BaseException | None:
+    """The first of an error and its causes that is of an LM; some of the failed tries are LMErrors too."""
+    return next((each for each in _chain(error) if isinstance(each, (*_ANSWERS, *_OUTAGES))), None)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -16,7 +17,7 @@ import dspy
 import pytest
 from dspy.clients.engines.dummy_engine import AsyncDummyEngine, DummyEngine
 from dspy.utils import DummyLM
-from dspy.utils.exceptions import LMTransportError
+from dspy.utils.exceptions import ContextWindowExceededError, LMCollectionLimitError, LMTransportError
 from dspy_lora.optimizers.ace import ACE
 from dspy_lora.optimizers.ace_learner import Learner
 from dspy_lora.optimizers.ace_roles import RULES, Curator, Reflector, RuleCurator, RuleReflector
@@ -494,7 +495,71 @@ def test_a_reflection_that_cannot_be_parsed_is_left_out(asked):
     lm = DummyLM([{"nonsense": "x"}] * 8)
     compiled = ace(reflection_lm=lm, epochs=1, track_stats=True).compile(Desk(), trainset=rows(4))
     assert len(compiled.playbook) == 0
-    assert "could not be parsed" in compiled.detailed_results.failures[0]
+    assert "a reflection failed and is left out" in compiled.detailed_results.failures[0]
+
+
+class Small(dspy.Module):
+    """A role that takes so many items, else its prompt is too long."""
+
+    def __init__(self, role, most):
+        super().__init__()
+        self.role, self.most, self.asked = role, most, []
+
+    def forward(self, **kwargs):
+        count = len(kwargs.get("records", kwargs.get("insights")))
+        self.asked.append(count)
+        if count > self.most:
+            raise ContextWindowExceededError(message=f"{count} are too many")
+        return self.role(**kwargs)
+
+
+def test_what_is_too_long_for_a_role_is_asked_in_halves(asked):
+    reflector, curator = Small(Note(), 2), Small(Keep(), 3)
+    optimizer = ace(reflector=reflector, curator=curator, epochs=1, batch_size=5, track_stats=True)
+    compiled = optimizer.compile(Desk(), trainset=rows(5))
+    assert reflector.asked == [5, 2, 3, 1, 2]
+    assert curator.asked == [5, 2, 3]
+    assert {bullet.text for bullet in compiled.playbook.bullets} == {
+        f"The right answer is {label}. This trajectory got a score of 0.0." for label in WORLD.values()
+    }
+    assert compiled.detailed_results.failures == []
+
+
+def test_a_prompt_that_stays_too_long_is_left_out_and_the_run_goes_on(asked, tmp_path):
+    for at in range(2):  # resumed too
+        optimizer = ace(reflector=Small(Note(), 0), curator=Keep(), epochs=1, log_dir=tmp_path, track_stats=True)
+        result = optimizer.compile(Desk(), trainset=rows(4)).detailed_results
+        assert len(result.failures) == 4, at
+        assert result.failures[0] == "sort: a reflection was too long and is left out: 1 are too many"
+    online = ace(reflector=Note(), curator=Small(Keep(), 0)).online(Desk())
+    online.learn(rows(1)[0])
+    assert len(online.failures) == 1
+    assert len(online.playbook) == 0
+
+
+@pytest.mark.parametrize("error", [LMTransportError("no route"), ValueError("a bug")])
+def test_another_error_of_a_role_ends_the_run(asked, error):
+    with pytest.raises(type(error)):
+        ace(reflector=Raising(error), epochs=1).compile(Desk(), trainset=rows(4))
+    with pytest.raises(type(error)):  # where the whole was too long before
+        ace(reflector=Small(Raising(error), 2), epochs=1).compile(Desk(), trainset=rows(4))
+
+
+def test_an_answer_that_no_collector_holds_is_left_out(asked):
+    role = Raising(LMCollectionLimitError("the answer is too long"))
+    result = ace(reflector=role, epochs=1, track_stats=True).compile(Desk(), trainset=rows(4)).detailed_results
+    assert len(result.failures) == 1
+
+
+class Raising(dspy.Module):
+    """A role that raises."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def forward(self, **kwargs):
+        raise self.error
 
 
 def test_what_an_lm_said_is_taken_from_the_log(asked, tmp_path):
@@ -587,14 +652,14 @@ class Keep(dspy.Module):
 
 def test_a_slow_thread_does_not_bring_back_an_old_playbook(asked, monkeypatch):
     online = ace(None, reflector=Note(), curator=Keep()).online(Desk())
-    answers, told, pauses = [online(text="a"), online(text="b")], Learner.told, [0.3, 0.0]
+    answers, instructions, pauses = [online(text="a"), online(text="b")], Learner.instructions, [0.3, 0.0]
 
     def slow(learner, playbook):
-        program = told(learner, playbook)
+        found = instructions(learner, playbook)
         time.sleep(pauses.pop(0))
-        return program
+        return found
 
-    monkeypatch.setattr(Learner, "told", slow)
+    monkeypatch.setattr(Learner, "instructions", slow)
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(online.feedback, answers, [0.0, 0.0], ["note 0", "note 1"]))
     assert online.program.sort.signature.instructions.endswith("Notes:\n- note 0\n- note 1\n[End of playbook]")
@@ -614,6 +679,91 @@ def test_online_programs_are_saved_loaded_copied_and_called_async(asked, tmp_pat
     assert copied.playbook.version == fresh.playbook.version + 1
     pickled = pickle.dumps(online.playbook)
     assert pickle.loads(pickled).render() == online.playbook.render()  # noqa: S301
+
+
+NOTES = {"reflector": Note(), "curator": Keep()}
+
+
+def noted(online):
+    return [bullet.text for bullet in online.playbook.bullets]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_workers_that_share_a_file_learn_from_each_other_and_lose_nothing(asked, tmp_path, there):
+    file, start = tmp_path / "playbook.md", Playbook()
+    start.apply([Add(section="Notes", text="start")])
+    if there:
+        start.save(file)
+    one, other = (ace(None, playbook=start, **NOTES).online(Desk(), file) for _ in range(2))
+    one.feedback(one(text="a"), 0.0, "note 1")
+    other.feedback(other(text="b"), 0.0, "note 2")
+    assert noted(other) == ["note 1", "note 2", "start"]
+    assert "- note 1\n- note 2\n- start\n" in other.program.sort.signature.instructions
+    one.feedback(one(text="c"), 0.0, "note 3")
+    assert Playbook.load(file).render() == one.playbook.render()
+    assert noted(one) == ["note 1", "note 2", "note 3", "start"]
+
+
+def test_what_comes_in_from_another_worker_keeps_to_the_budget_and_says_nothing_twice(asked, tmp_path):
+    file = tmp_path / "playbook.md"
+    one, other = (
+        ace(None, token_budget=len("Notes:\n- a 1\n- b 2"), count_tokens=len, **NOTES).online(Desk(), file)
+        for _ in range(2)
+    )
+    for online, notes in ((one, ["a 1", "b 2"]), (other, ["A 1!", "c 3"])):
+        for note in notes:
+            online.feedback(online(text=note), 0.0, note)
+    assert len(noted(other)) == 2
+    assert len(other.playbook.prompt()) <= other.learner.ace.token_budget
+    assert len({text.casefold()[:3] for text in noted(other)}) == 2
+    assert Playbook.load(file).render() == other.playbook.render()
+
+
+def in_letters(events):
+    """A stream whose text comes letter by letter."""
+    for event in events:
+        if event.type == "delta":
+            yield from (replace(event, delta=replace(event.delta, text=letter)) for letter in event.delta.text)
+        else:
+            yield event
+
+
+def test_streams_and_traces_know_the_predictors_after_feedback_too(asked, monkeypatch):
+    whole = Follower.stream
+    monkeypatch.setattr(Follower, "stream", lambda engine, request: in_letters(whole(engine, request)))
+    monkeypatch.setattr(Follower, "complete_legacy", None)  # DSPy's dummy does not stream over it
+    student = Desk()
+    before = student.dump_state()
+    online = ace(None, **NOTES).online(student)
+    program, predictor = online.program, online.program.sort
+    stream = dspy.streamify(
+        online,
+        stream_listeners=[dspy.streaming.StreamListener(signature_field_name="label", allow_reuse=True)],
+        async_streaming=False,
+    )
+
+    def heard(text):
+        *pieces, answer = list(stream(text=text))
+        assert pieces
+        assert all(isinstance(piece, dspy.streaming.StreamResponse) for piece in pieces)
+        return answer
+
+    online.feedback(heard("a"), 0.0, "note 1")
+    online.feedback(heard("b"), 0.0, "note 2")
+    with dspy.context(trace=[]):
+        online(text="c")
+        [(traced, _, _)] = dspy.settings.trace
+    assert "note 2" in asked[-1]
+    assert traced is predictor
+    assert online.program is program
+    assert student.dump_state() == before
+
+
+def test_an_lm_that_the_program_was_set_stays_after_feedback(asked):
+    online = ace(None, **NOTES).online(Desk())
+    online.set_lm(dspy.settings.lm)
+    online.feedback(online(text="a"), 0.0, "note 1")
+    assert online.get_lm() is dspy.settings.lm
 
 
 def test_an_edited_file_stops_saving_and_nothing_is_lost(asked, tmp_path):

@@ -2,8 +2,15 @@
 
 import dspy
 import pytest
-from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError, LMServerError
-from dspy_lora.optimizers.outages import is_outage
+from dspy.utils.exceptions import (
+    AdapterParseError,
+    ContextWindowExceededError,
+    LMCollectionLimitError,
+    LMInvalidRequestError,
+    LMServerError,
+    LMUnsupportedModelError,
+)
+from dspy_lora.optimizers.outages import is_answer, is_outage, is_too_long
 
 from dspy_lora.errors import DataError, EngineDiedError, UnknownAdapterError
 
@@ -27,6 +34,10 @@ def worded(error):
         (EngineDiedError("out of memory"), True),
         (UnknownAdapterError("no adapter 'legal'"), True),
         (dspy.lm15.TransportError("no route"), True),
+        (LMUnsupportedModelError("no such model"), True),
+        (dspy.lm15.UnsupportedModelError("no such model"), True),
+        (LMInvalidRequestError("filtered"), False),
+        (dspy.lm15.InvalidRequestError("filtered", status=400), False),
         (ContextWindowExceededError(), False),
         (dspy.lm15.ContextLengthError("too long"), False),
         (AdapterParseError("ChatAdapter", dspy.Signature("a -> b"), "nonsense"), False),
@@ -37,3 +48,21 @@ def worded(error):
 )
 def test_what_is_an_outage(error, outage):
     assert is_outage(error) is outage
+
+
+@pytest.mark.parametrize(
+    ("error", "answer", "too_long"),
+    [
+        (AdapterParseError("ChatAdapter", dspy.Signature("a -> b"), "nonsense"), True, False),
+        (LMCollectionLimitError("the answer is too long"), True, False),
+        (ContextWindowExceededError(), True, True),
+        (dspy.lm15.ContextLengthError("too long"), True, True),
+        (worded(ContextWindowExceededError()), True, True),
+        (LMInvalidRequestError("filtered"), True, False),
+        (LMUnsupportedModelError("no such model"), False, False),
+        (LMServerError("overloaded"), False, False),
+        (DataError("no such row"), False, False),
+    ],
+)
+def test_what_another_prompt_may_mend(error, answer, too_long):
+    assert (is_answer(error), is_too_long(error)) == (answer, too_long)

@@ -2,10 +2,13 @@
 
 import asyncio
 import dataclasses
+import json
+import re
 
 import dspy
 import pytest
 from dspy.clients.engines.dummy_engine import AsyncDummyEngine, DummyEngine
+from dspy.lm15 import StreamDeltaEvent, TextDelta
 from dspy.utils import DummyLM
 from dspy_lora.optimizers.ace import ACE
 
@@ -25,7 +28,9 @@ COMPILED = "Answer in the domain's own words."
 
 
 class Engine(DummyEngine):
-    """Answers with its adapter's name, and whether the prompt was a compiled one and had context."""
+    """Answers with its adapter's name, whether the prompt was a compiled one and had context, and its rollout."""
+
+    complete_legacy = None  # a shortcut of DSPy's that does not stream
 
     def __init__(self, owner, domain):
         super().__init__(owner)
@@ -34,15 +39,28 @@ class Engine(DummyEngine):
     def _complete_messages(self, messages):
         told = "".join(message["content"] for message in messages)
         marks = [name for name, sign in (("compiled", COMPILED), ("ctx", "[1]")) if sign in told]
+        marks += [str(self.owner.kwargs["rollout_id"])] if "rollout_id" in self.owner.kwargs else []
         self.owner.answers = {"": dict.fromkeys(("reasoning", "answer"), " ".join([self.domain or "base", *marks]))}
         return super()._complete_messages(messages)
 
+    def stream(self, request):
+        """The answer in pieces of four characters."""
+        for event in super().stream(request):
+            text = event.delta.text if isinstance(event, StreamDeltaEvent) else ""
+            pieces = [TextDelta(text=text[i : i + 4], part_index=0) for i in range(0, len(text), 4)]
+            yield from (StreamDeltaEvent(delta=piece) for piece in pieces) if pieces else [event]
 
-def answering(domain):
+
+class AsyncEngine(AsyncDummyEngine):
+    complete_legacy = None
+
+
+def answering(domain, **kwargs):
     lm = DummyLM([])
+    lm.kwargs |= kwargs
     lm._engine_spec = Engine(lm, domain)
-    lm._async_engine_spec = AsyncDummyEngine(lm._engine_spec)
-    lm.copy = lambda **kwargs: answering(domain)
+    lm._async_engine_spec = AsyncEngine(lm._engine_spec)
+    lm.copy = lambda cache=True, **changed: answering(domain, **kwargs | changed)
     return lm
 
 
@@ -201,6 +219,166 @@ def test_async_and_threads(make):
     rows = [dspy.Example(query=each).with_inputs("query") for each in (GARDEN, KITCHEN) * 5]
     answers = [found.answer for found in pipeline.batch(rows, num_threads=4)]
     assert answers == ["garden compiled ctx", "kitchen ctx"] * 5
+
+
+class Drafting(dspy.Module):
+    def __init__(self):
+        super().__init__()
+        self.draft = dspy.Predict("query -> reasoning")
+        self.write = dspy.ChainOfThought("query, draft -> answer")
+
+    def forward(self, query):
+        return self.write(query=query, draft=self.draft(query=query).reasoning)
+
+    async def aforward(self, query):
+        return await self.write.acall(query=query, draft=(await self.draft.acall(query=query)).reasoning)
+
+
+PROGRAMS = [
+    pytest.param(lambda: dspy.Predict("query -> answer"), id="Predict"),
+    pytest.param(lambda: dspy.ChainOfThought("query -> answer"), id="ChainOfThought"),
+    Drafting,
+]
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("program", PROGRAMS)
+async def test_an_answer_with_context_is_streamed(make, program, given, is_async):
+    pipeline = make(program(), context=Remembering())
+    predictor = pipeline.router.program.predictors()[-1]
+    listener = dspy.streaming.StreamListener("answer", predict=predictor if given else None)
+    stream = dspy.streamify(pipeline, stream_listeners=[listener], is_async_program=is_async)
+    items = [item async for item in stream(query=GARDEN)]
+    pieces = [item.chunk for item in items if isinstance(item, dspy.streaming.StreamResponse)]
+    assert len(pieces) > 1
+    assert "".join(pieces) == items[-1].answer == "garden ctx"
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_few_shot_demos_are_found_in_a_pipeline_with_context(make, program):
+    pipeline = make(program(), context=Remembering())
+    rows = [dspy.Example(query=GARDEN, answer="garden ctx").with_inputs("query")]
+    found = dspy.BootstrapFewShot(
+        metric=lambda row, found, trace=None: row.answer == found.answer, max_labeled_demos=0
+    ).compile(pipeline, trainset=rows)
+    assert [demo.augmented for each in found.predictors() for demo in each.demos] == [True] * len(found.predictors())
+    assert "[1]" not in str(found.predictors())
+
+
+class Echoing(Engine):
+    """Answers with the context it was told."""
+
+    def _complete_messages(self, messages):
+        told = re.search(r"\[1\] (.*)", messages[0]["content"])[1]
+        self.owner.answers = {"": {"answer": told, "reasoning": "so"}}
+        return DummyEngine._complete_messages(self, messages)
+
+
+def echoing(domain):
+    lm = answering(domain)
+    lm._engine_spec = Echoing(lm, domain)
+    lm._async_engine_spec = AsyncEngine(lm._engine_spec)
+    return lm
+
+
+class Repeating:
+    """The query itself as context; the others get theirs before the first call is made."""
+
+    def __call__(self, query, *, history=None):
+        return Fixed(f"[1] {query}")
+
+    async def acall(self, query, *, history=None):
+        await asyncio.sleep(0.01)
+        return self(query)
+
+
+async def test_queries_side_by_side_are_told_each_its_own_context(classifier):
+    pipeline = DomainPipeline(
+        ["garden"], Drafting(), classifier=classifier, threshold=0.3, make_lm=echoing, context=Repeating()
+    )
+    queries = [f"{GARDEN} {i}" for i in range(20)]
+    rows = [dspy.Example(query=query).with_inputs("query") for query in queries]
+    found = await asyncio.to_thread(pipeline.batch, rows, num_threads=8, disable_progress_bar=True)
+    assert [each.answer for each in found] == queries
+    found = await asyncio.gather(*(pipeline.acall(query=query) for query in queries))
+    assert [each.answer for each in found] == queries
+
+
+def test_the_adapter_in_use_tells_the_context_and_modules_see_its_class(make):
+    seen = []
+
+    class Looking(dspy.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = make(context=Remembering(Fixed("the inner context")))  # a pipeline in a pipeline
+
+        def forward(self, query):
+            seen.append(dspy.settings.adapter)
+            return dspy.Prediction(answer=self.inner(query=query).answer)
+
+    class Own(dspy.ChatAdapter):
+        pass
+
+    with dspy.context(adapter=Own()):
+        assert make(Looking(), context=Remembering())(query=GARDEN).answer == "garden ctx"
+    assert isinstance(seen[0], Own)
+
+
+def test_a_program_that_is_not_told_its_context_is_named_in_a_warning(make, caplog):
+    class Own(dspy.Module):
+        def __init__(self):
+            super().__init__()
+            self.answer = dspy.Predict("query -> answer")
+
+        def forward(self, query):
+            with dspy.context(adapter=dspy.ChatAdapter()):
+                return self.answer(query=query)
+
+    assert make(Own(), context=Remembering())(query=GARDEN).answer == "garden"
+    assert "Own was not told the context" in caplog.text
+
+
+def second_rollout(args, prediction):
+    return float(prediction.answer.endswith(" 2"))
+
+
+@pytest.mark.parametrize("sampler", [dspy.BestOfN, dspy.Refine])
+def test_best_of_n_and_refine_sample_from_the_adapter(make, sampler):
+    program = compiled()
+    program._compiled = True
+    pipeline = make(compiled={"garden": program}, context=Remembering())
+    found = sampler(pipeline, N=3, reward_fn=second_rollout, threshold=1.0)(query=GARDEN)
+    assert (found.answer, found.route.adapter) == ("garden compiled ctx 2", "garden")
+    assert pipeline(query=GARDEN).answer == "garden compiled ctx"
+
+
+def test_another_lm_takes_compiled_programs_too_and_none_undoes_it(make):
+    program = dspy.ChainOfThought(compiled().signature)
+    program._compiled = True  # of which DSPy itself sets no LM inside another module
+    pipeline, other = make(compiled={"garden": program}), answering("other")
+    other.model = "other"
+    pipeline.set_lm(other)
+    assert pipeline.get_lm() is other
+    assert pipeline(query=GARDEN).answer == "other compiled"
+    assert pipeline(query=GARDEN).route.reason.endswith("; self.predict keep LMs of their own")
+    pipeline.set_lm(None)
+    assert pipeline(query=GARDEN).answer == "garden compiled"
+    program.predict.lm = other
+    with pytest.raises(ConfigError, match="LMs of their own"):
+        pipeline.get_lm()
+
+
+@pytest.mark.parametrize("kind", ["json", "csv"])
+def test_evaluations_are_written_with_their_routes_and_steps(make, tmp_path, kind):
+    path, pipeline = tmp_path / f"rows.{kind}", make(context=Remembering())
+    rows = [dspy.Example(query=GARDEN).with_inputs("query")]
+    dspy.Evaluate(devset=rows, metric=lambda row, found, trace=None: 1.0, **{f"save_as_{kind}": str(path)})(pipeline)
+    assert "1 passage" in path.read_text()
+    if kind == "json":
+        (row,) = json.loads(path.read_text())
+        assert row["route"]["adapter"] == "garden"
+        assert [step["stage"] for step in row["steps"]] == ["route", "prompts", "context", "answer"]
 
 
 def test_saved_and_loaded_with_its_prompts(make, tmp_path):

@@ -1,8 +1,10 @@
 """The playbook: operations that commute where they should and lose no counter, the file, edits by hand, threads."""
 
 import copy
+import pickle
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from random import Random
 
 import dspy
@@ -275,7 +277,7 @@ def test_save_and_load(tmp_path):
     playbook.apply([Update(id=IDS[0], helpful=1), Remove(id=IDS[1]), Merge(ids=(IDS[2], IDS[3]), text="x")])
     playbook.save(file)
     assert Playbook.load(file).render() == playbook.render() == file.read_text()
-    assert [path.name for path in tmp_path.iterdir()] == ["playbook.md"]
+    assert {path.name for path in tmp_path.iterdir()} == {"playbook.md", ".lock"}
 
 
 def test_edits_by_hand_are_taken_up(tmp_path):
@@ -327,6 +329,85 @@ def test_nonsense_is_an_error_that_names_the_line_and_loses_nothing(tmp_path, ol
         playbook.load_state(state)
     assert file.read_text() == text.replace(old, new, 1)
     assert playbook.render() == text
+
+
+def added(text):
+    return [Add(section="Rules", text=text)]
+
+
+def test_two_that_learn_into_one_file_lose_nothing_of_each_other(tmp_path):
+    file = tmp_path / "playbook.md"
+    full().save(file)
+    one, other = Playbook.load(file), Playbook.load(file)
+    a, b, c, d = IDS[:4]
+    one.apply([*added("mine"), Update(id=a, helpful=2), Merge(ids=(b, c), text="both")])
+    other.apply([*added("yours"), Update(id=a, helpful=3, harmful=1), Update(id=c, helpful=1), Remove(id=d)])
+    assert not one.save(file)
+    assert other.save(file)
+    assert Playbook.load(file).render() == other.render()
+    assert {"mine", "yours", "both"} <= {bullet.text for bullet in other.bullets}
+    assert (other[a].helpful, other[a].harmful) == (5, 1)
+    assert other[b] is other[c]
+    assert other[c].helpful == 1
+    assert other[d].removed
+    assert one.save(file)
+    assert one.render() == other.render()
+
+
+def test_only_what_was_done_since_the_last_save_is_brought_in(tmp_path):
+    file, elsewhere = tmp_path / "playbook.md", tmp_path / "other.md"
+    full().save(file)
+    one, other = Playbook.load(file), Playbook.load(file)
+    for playbook in (one, other, one, copy.deepcopy(other), pickle.loads(pickle.dumps(one))):  # noqa: S301
+        playbook.save(elsewhere)
+        playbook.apply([Update(id=IDS[0], helpful=1)])
+        playbook.save(file)
+    assert Playbook.load(file)[IDS[0]].helpful == 5
+
+
+def test_one_that_never_read_the_file_or_was_loaded_another_state_replaces_it_unless_it_shares_it(tmp_path):
+    file, fresh, reset = tmp_path / "playbook.md", Playbook(), full()
+    reset.save(file)
+    full().save(file)
+    reset.reset()
+    for playbook in (fresh, reset, Playbook.parse(full().render())):
+        assert not playbook.save(file)
+        assert Playbook.load(file).render() == playbook.render()
+        full().save(file)
+    shared = Playbook()
+    shared.share(file)
+    shared.apply(added("new"))
+    assert shared.save(file)
+    assert {bullet.text for bullet in shared.bullets} == {*TEXTS, "new"}
+
+
+def test_what_an_edit_by_hand_took_out_stays_out_of_the_other_s_learning(tmp_path):
+    file = tmp_path / "playbook.md"
+    full().save(file)
+    one = Playbook.load(file)
+    file.write_text("".join(line for line in file.read_text().splitlines(keepends=True) if IDS[0] not in line))
+    Playbook.load(file).save(file)
+    one.apply([Update(id=IDS[0], helpful=1), *added("new")])
+    one.save(file)
+    assert "new" in [bullet.text for bullet in one.bullets]
+    with pytest.raises(DataError, match="has no bullet"):
+        one[IDS[0]]
+
+
+def test_what_the_disk_refuses_leaves_the_playbook_as_it_was(tmp_path, monkeypatch):
+    file = tmp_path / "playbook.md"
+    full().save(file)
+    one, other = Playbook.load(file), Playbook.load(file)
+    one.apply(added("mine"))
+    one.save(file)
+    other.apply(added("yours"))
+    before = other.render()
+    with monkeypatch.context() as patch, pytest.raises(PublishError):
+        patch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        other.save(file)
+    assert other.render() == before
+    other.save(file)
+    assert {"mine", "yours"} <= {bullet.text for bullet in Playbook.load(file).bullets}
 
 
 @pytest.mark.parametrize("state", [{}, {"playbook": None}, {"plybook": ""}])
@@ -407,3 +488,20 @@ def test_threads_lose_nothing(busy, tmp_path):
     assert counted(playbook) == (8 * 40, 0)
     assert sum(bullet.section == "New" for bullet in playbook.bullets) == 8 * 40
     assert playbook.version >= 8 * 40
+
+
+def test_writers_of_one_file_at_once_lose_nothing(busy, tmp_path):
+    file = tmp_path / "playbook.md"
+    full().save(file)
+
+    def work(writer):
+        playbook = Playbook.load(file)
+        for step in range(10):
+            playbook.apply([Update(id=IDS[0], helpful=1), Add(section="New", text=f"{writer} {step}")])
+            playbook.save(file)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    found = Playbook.load(file)
+    assert found[IDS[0]].helpful == 4 * 10
+    assert sum(bullet.section == "New" for bullet in found.bullets) == 4 * 10

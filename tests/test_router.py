@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import copy
+import dataclasses
 import json
 
 import dspy
@@ -14,6 +15,7 @@ from dspy_lora import route_command
 from dspy_lora.config import DomainSection, load_config
 from dspy_lora.detection.classifier import DomainClassifier
 from dspy_lora.errors import ConfigError, DataError, UnknownAdapterError
+from dspy_lora.lm import LoRALM
 from dspy_lora.router import LoRARouter, Route
 
 GARDEN = "when do I prune the rose and the hedge"
@@ -33,11 +35,16 @@ def classifier():
 
 
 class Answering(DummyLM):
-    """Answers each call with its adapter's name."""
+    """Answers each call with its adapter's name, and in a rollout with that and its temperature."""
 
     def __init__(self, domain, fields=("answer",)):
         super().__init__({"": dict.fromkeys(fields, f"from {domain or 'base'}")})
         self.domain = domain
+
+    def _format_answer_fields(self, fields):
+        if (rollout := self.kwargs.get("rollout_id")) is not None:
+            fields = {name: f"{text}, {rollout} at {self.kwargs['temperature']}" for name, text in fields.items()}
+        return super()._format_answer_fields(fields)
 
 
 @pytest.fixture
@@ -200,6 +207,139 @@ async def test_streaming_ends_with_a_prediction_that_says_who_answered(make, is_
     items = [item async for item in stream(query=GARDEN)]
     assert items[-1].answer == "from garden"
     assert items[-1].route.adapter == "garden"
+
+
+# -- its LMs as DSPy gets and sets them --------------------------------------------------------------------------------
+
+
+class Other(DummyLM):
+    """Another model."""
+
+    def __init__(self):
+        super().__init__({"": {"answer": "from another"}})
+        self.model = "another"
+
+
+def second_rollout(args, prediction):
+    return float(prediction.answer.endswith(", 2 at 1.0"))
+
+
+@pytest.mark.parametrize("settings_lm", [None, Other()])
+def test_best_of_n_samples_from_the_adapter(make, settings_lm):
+    with dspy.context(lm=settings_lm):
+        found = dspy.BestOfN(make(), N=3, reward_fn=second_rollout, threshold=1.0)(query=GARDEN)
+    assert (found.answer, found.route.adapter) == ("from garden, 2 at 1.0", "garden")
+
+
+def test_refine_samples_from_the_adapter_and_its_hints_arrive(make):
+    adviser = DummyLM([{"discussion": "too short", "advice": '{"program": "be longer"}'}] * 2)
+    hints = []
+    watch = dspy.ChatAdapter.format
+
+    def format(self, signature, demos, inputs):
+        hints.append(inputs.get("hint_"))
+        return watch(self, signature, demos, inputs)
+
+    with pytest.MonkeyPatch.context() as patch, dspy.context(lm=adviser):
+        patch.setattr(dspy.ChatAdapter, "format", format)
+        refine = dspy.Refine(make(), N=3, reward_fn=second_rollout, threshold=1.0)
+        assert refine(query=KITCHEN).answer == "from kitchen, 2 at 1.0"
+    assert hints[-1] == "be longer"
+
+
+def test_what_a_copy_of_the_base_models_lm_changes_goes_to_every_adapter_until_it_is_undone(make):
+    own = Answering("garden")
+    own.kwargs["max_tokens"] = 7
+    router = make(adapters={"garden": own, "kitchen": "kitchen"})
+    router.set_lm(router.get_lm().copy(rollout_id=5, temperature=0.5, top_p=0.9, cache=False))
+    assert router(query=GARDEN).answer == "from garden, 5 at 0.5"
+    assert router(query=HARBOUR).answer == "from base, 5 at 0.5"
+    taken = router.adapters["garden"]
+    assert (taken.kwargs["max_tokens"], taken.kwargs["top_p"], taken.cache) == (7, 0.9, False)
+    assert router.get_lm().kwargs["rollout_id"] == 5
+    assert router.uncached()(query=GARDEN).answer == "from garden, 5 at 0.5"
+    assert copy.deepcopy(router)(query=KITCHEN).answer == "from kitchen, 5 at 0.5"
+    router.set_lm(router.get_lm().copy(rollout_id=None, temperature=0.25))
+    assert router.adapters["garden"].kwargs == {"temperature": 0.25, "max_tokens": 7, "top_p": 0.9}
+    router.set_lm(None)
+    assert router.adapters["garden"] is own
+    assert router(query=GARDEN).answer == "from garden"
+
+
+def test_a_rollout_brings_its_temperature_to_adapters_that_had_another(make):
+    router = make()
+    router._base_lm.kwargs["temperature"] = 1.0
+    router.set_lm(router.get_lm().copy(rollout_id=1, temperature=1.0))
+    assert router(query=GARDEN).answer == "from garden, 1 at 1.0"
+
+
+def test_loralms_stay_with_their_adapters_in_other_settings_and_one_of_an_adapter_is_another_lm():
+    router = LoRARouter(["legal", "financial"])
+    models = {name: lm.model for name, lm in router.adapters.items()}
+    router.set_lm(LoRALM(rollout_id=3, temperature=1.0))
+    assert {name: lm.model for name, lm in router.adapters.items()} == models
+    assert [lm.kwargs["rollout_id"] for lm in router.adapters.values()] == [3, 3]
+    router.set_lm(LoRALM(domain="legal"))
+    assert router.get_lm().domain == "legal"
+    router.set_lm(None)
+    assert router.get_lm().domain is None
+
+
+def test_another_lm_takes_every_predictor_and_the_route_says_so(make):
+    router, other = make(), Other()
+    router.set_lm(router.get_lm().copy(temperature=0.5))
+    base = router.get_lm()
+    router.set_lm(other)
+    assert router.get_lm() is other
+    found = router(query=GARDEN)
+    assert found.answer == "from another"
+    assert found.route.reason.endswith("; self keep LMs of their own")
+    router.set_lm(base)
+    assert router(query=GARDEN).answer == "from garden"
+    router.set_lm(other)
+    router.set_lm(None)
+    assert router(query=GARDEN).answer == "from garden"
+
+
+def test_a_program_with_the_base_models_lm_for_its_own_keeps_to_it_in_best_of_n(make):
+    router = make()
+    router.program.lm = router.get_lm()
+    assert dspy.BestOfN(router, N=3, reward_fn=second_rollout, threshold=1.0)(query=GARDEN).answer == (
+        "from base, 2 at 1.0"
+    )
+
+
+def test_no_one_lm_is_got_where_predictors_have_lms_of_their_own(make):
+    program = TwoSteps()
+    program.second.lm = Answering("own", ("second",))
+    router = make(program)
+    with pytest.raises(ConfigError, match=r"`set_lm\(None\)` leaves all"):
+        router.get_lm()
+    router.set_lm(None)
+    assert dspy.BestOfN(router, N=2, reward_fn=lambda args, found: 1.0, threshold=1.0)(question=GARDEN).second == (
+        "from garden, 0 at 1.0"
+    )
+
+
+def test_settings_of_the_lms_are_no_part_of_the_saved_state(make, tmp_path):
+    router = make()
+    router.set_lm(router.get_lm().copy(rollout_id=5, temperature=0.5))
+    router.save(tmp_path / "router.json")
+    fresh = make()
+    fresh.load(tmp_path / "router.json")
+    assert fresh(query=GARDEN).answer == "from garden"
+
+
+@pytest.mark.parametrize("kind", ["json", "csv"])
+def test_evaluations_are_written_with_their_routes(chat, tmp_path, kind):
+    _, history = turn(chat, GARDEN, dspy.History(messages=[]))
+    example = dspy.Example(question=KITCHEN, history=history).with_inputs("question", "history")
+    path = tmp_path / f"rows.{kind}"
+    dspy.Evaluate(devset=[example], metric=lambda gold, got, trace=None: 1.0, **{f"save_as_{kind}": str(path)})(chat)
+    if kind == "json":
+        (row,) = json.loads(path.read_text())
+        assert row["route"] == dataclasses.asdict(chat(question=KITCHEN, history=history).route)
+    assert "the conversation is with garden" in path.read_text()
 
 
 # -- conversations -----------------------------------------------------------------------------------------------------

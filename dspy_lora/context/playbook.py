@@ -10,19 +10,33 @@ stays. Inside a batch the order never matters.
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from dspy.predict.parameter import Parameter
 
-from dspy_lora.adapters.disk import staging, write, writing
+from dspy_lora.adapters.disk import lock, staging, write, writing
 from dspy_lora.context import playbook_file
 from dspy_lora.context.bullets import Bullet, Embed, alike, bullet_id, by_section, place
 from dspy_lora.context.deltas import Add, Delta, Merge, Remove, Update, named, ordered
 from dspy_lora.errors import DataError, near
 
 _SHOWN = 5  # refused operations that are spelled out
+
+
+@dataclass
+class _Shared:
+    """A file that others may write too.
+
+    Attributes:
+        text: As the playbook last read or wrote it.
+        since: The batches that it carried out since.
+    """
+
+    text: str
+    since: list[list[Delta]] = field(default_factory=list)
 
 
 class Playbook(Parameter):
@@ -43,6 +57,7 @@ class Playbook(Parameter):
         self._merged = dict(merged or {})
         self.version = version
         self._read: str | None = None
+        self._shared: dict[Path, _Shared] = {}
         self._lock = threading.RLock()
 
     # -- reading ---------------------------------------------------------------------------------------------------
@@ -128,6 +143,8 @@ class Playbook(Parameter):
             for delta in batch:
                 self._carry_out(delta)
             self.version += self._bullets != before
+            for file in self._shared.values():
+                file.since.append(batch)
             return self.version
 
     def _carry_out(self, delta: Delta) -> None:
@@ -222,26 +239,56 @@ class Playbook(Parameter):
         """
         return cls(*playbook_file.read(text, source))
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path) -> bool:
         """Writes the Markdown file in one step.
+
+        Playbooks of any threads and processes may learn into one file. Where another was saved there since this one
+        read or wrote it, all operations that this one carried out meanwhile are carried out on what is there now, and
+        that becomes this playbook too: additions, counts, merges and removals of both stay; of two new texts for one
+        bullet the one saved last does; operations on bullets that the file has lost are left out. A playbook that
+        never read or wrote the file, or was reset or loaded another state since, replaces what is there.
+
+        Returns:
+            Whether what another one had saved came in.
 
         Raises:
             DataError: The file there is no playbook, or was edited by hand since: it is left as it is.
-            PublishError: The disk refused; the file is as it was.
+            PublishError: The disk refused; the file and this playbook are as they were.
         """
         path = Path(path)
-        with self._lock:
-            self._check_place(path)
-            with writing(f"save {path.name!r}", path.parent), staging(path.parent) as hidden:
-                write(hidden / path.name, self.render())
-                (hidden / path.name).replace(path)
+        what = f"save {path.name!r}"
+        with self._lock, writing(what, path.parent), staging(path.parent) as hidden, lock(path.parent):
+            newer = self._newer(path)
+            text = (newer or self).render()
+            write(hidden / path.name, text)
+            (hidden / path.name).replace(path)
+            if newer is not None:
+                self._become(newer)
+            self._shared[path.absolute()] = _Shared(text)
+            return newer is not None
 
-    def _check_place(self, path: Path) -> None:
+    def share(self, path: str | Path) -> None:
+        """Learns into a file from now on: where there is one by the time of ``save``, it is not replaced."""
+        with self._lock:
+            self._shared[Path(path).absolute()] = _Shared("")
+
+    def _newer(self, path: Path) -> "Playbook | None":
+        """What another playbook left in a file, with what this one did since; None where there is no such thing."""
         if not path.exists():
-            return
+            return None
+        text, file = self._replaceable(path), self._shared.get(path.absolute())
+        if file is None or file.text == text:
+            return None
+        newer = Playbook.parse(text, repr(str(path)))
+        for batch in file.since:
+            newer.apply(delta for delta, reason in zip(batch, newer.refusals(batch), strict=True) if reason is None)
+        return newer
+
+    def _replaceable(self, path: Path) -> str:
+        """The text of a file that may be written over."""
         text = path.read_text(encoding="utf-8-sig", errors="replace")
         if text == self._read or playbook_file.untouched(text):
-            return
+            return text
         raise DataError(
             f"{str(path)!r} was edited by hand, or is no playbook, and is not overwritten. Playbook.load takes an "
             "edited one up; else move it away, or save under another name."
@@ -260,6 +307,7 @@ class Playbook(Parameter):
             raise DataError(f"cannot read the playbook {str(path)!r}: {exc}.") from exc
         playbook = cls.parse(text, repr(str(path)))
         playbook._read = text
+        playbook._shared[Path(path).absolute()] = _Shared(text)
         return playbook
 
     # -- as a part of a program ------------------------------------------------------------------------------------
@@ -282,24 +330,33 @@ class Playbook(Parameter):
             )
         loaded = Playbook.parse(text, "the saved program's playbook")
         with self._lock:
-            self._bullets, self._merged, self.version = loaded._bullets, loaded._merged, loaded.version
+            self._become(loaded)
+            self._shared = {}
+
+    def _become(self, other: "Playbook") -> None:
+        self._bullets, self._merged, self.version = other._bullets, other._merged, other.version
 
     def reset(self) -> None:
         """Empties it, as DSPy's ``reset_copy`` asks of every parameter."""
         with self._lock:
-            self._bullets, self._merged, self.version = {}, {}, 0
+            self._become(Playbook())
+            self._shared = {}
 
     def copy(self) -> "Playbook":
-        """Another one with the same content."""
+        """Another one with the same content, which shares no file."""
         with self._lock:
             return Playbook(self._bullets.values(), self._merged, self.version)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Playbook":
-        return self.copy()
+        with self._lock:
+            other = self.copy()
+            other._shared = deepcopy(self._shared, memo)
+            return other
 
     def __reduce__(self) -> tuple[Any, ...]:
         with self._lock:
-            return Playbook, (list(self._bullets.values()), self._merged, self.version)
+            content = (list(self._bullets.values()), self._merged, self.version)
+            return Playbook, content, {"_shared": deepcopy(self._shared)}
 
     def __repr__(self) -> str:
         return f"Playbook(version={self.version}, bullets={len(self)}, removed={len(self.removed)})"
