@@ -414,10 +414,12 @@ class _Telling:
         """An adapter that is as the one beneath in all but its calls; of its class, for modules that ask."""
 
         def call(_: Any, lm: Any, lm_kwargs: Any, signature: Any, demos: Any, inputs: Any) -> Any:
-            return self.beneath(lm, lm_kwargs, self._longer(signature), demos, inputs)
+            told = self._longer(signature)
+            return self.beneath(lm, lm_kwargs=lm_kwargs, signature=told, demos=demos, inputs=inputs)
 
         async def acall(_: Any, lm: Any, lm_kwargs: Any, signature: Any, demos: Any, inputs: Any) -> Any:
-            return await self.beneath.acall(lm, lm_kwargs, self._longer(signature), demos, inputs)
+            told = self._longer(signature)
+            return await self.beneath.acall(lm, lm_kwargs=lm_kwargs, signature=told, demos=demos, inputs=inputs)
 
         made, kind = copy.copy(self.beneath), type(self.beneath)
         made.__class__ = type(kind.__name__, (kind,), {"__call__": call, "acall": acall})

@@ -17,6 +17,8 @@ from dspy_lora.lm import LoRALM
 
 logger = logging.getLogger(__name__)
 
+_BESIDE = ("cache", "num_retries", "callbacks")  # settings of an LM beside those of a request
+
 QUERY = "query"
 ROUTE = "route"  # the field of a prediction that says which adapter answered
 
@@ -172,7 +174,9 @@ class LoRARouter(dspy.Module):
 
     def _is_base(self, lm: dspy.BaseLM | None) -> bool:
         """Whether an LM is the base model's, in whatever settings."""
-        return lm is not None and type(lm) is type(self._base_lm) and lm.model == self._base_lm.model
+        if lm is None or type(lm) is not type(self._base_lm) or lm.model != self._base_lm.model:
+            return False
+        return not isinstance(lm, LoRALM) or lm.engine is self._base_lm.engine  # else elsewhere
 
     def dump_state(self, json_mode: bool = True) -> dict[str, Any]:
         """The program's state; DSPy itself leaves out a program that is compiled."""
@@ -347,7 +351,7 @@ def _lms_of(programs: Iterable[dspy.Module]) -> list[dspy.BaseLM | None]:
 
 def _changes(before: dspy.BaseLM, after: dspy.BaseLM) -> dict[str, Any]:
     """The settings that make one LM of another; None takes one away."""
-    old, new = ({**lm.kwargs, "cache": lm.cache} for lm in (before, after))
+    old, new = ({**lm.kwargs, **{name: getattr(lm, name, None) for name in _BESIDE}} for lm in (before, after))
     changes = {key: new.get(key) for key in old | new if new.get(key) != old.get(key)}
     if "rollout_id" in changes:  # at another temperature than it was made for it may change nothing
         changes["temperature"] = new.get("temperature")

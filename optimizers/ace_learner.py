@@ -117,7 +117,7 @@ class Learner:
         section = self._section(name)
 
         def failed(exc: Exception) -> None:
-            what = "was too long" if is_too_long(exc) else "failed"
+            what = "was too long" if is_too_long(exc) else "could not be parsed"
             failures.append(f"{name}: a reflection {what} and is left out: {exc}"[:500])
 
         def reflect(part: Sequence[Record]) -> dspy.Prediction:

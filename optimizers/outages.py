@@ -16,10 +16,10 @@ from dspy_lora.errors import AdapterError, EngineError, MissingDependencyError
 
 _OUTAGES = (LMError, lm15.LM15Error, EngineError, AdapterError, MissingDependencyError)
 _TOO_LONG = (ContextWindowExceededError, lm15.ContextLengthError)
-_REFUSED = (LMInvalidRequestError, lm15.InvalidRequestError)  # such as by a provider's filter of contents
-_NO_MODEL = (LMUnsupportedModelError, lm15.UnsupportedModelError)  # which is one of them, and no row's fault
-# The LM answered, refused this one, or the program asked for more than it can read: another run would see the same.
-_ANSWERS = (AdapterParseError, *_TOO_LONG, *_REFUSED, LMCollectionLimitError, lm15.CollectionLimitError)
+# The LM answered, or the program asked for more than it can read: another run would see the same.
+_ANSWERS = (AdapterParseError, *_TOO_LONG, LMCollectionLimitError, lm15.CollectionLimitError)
+_REFUSALS = (LMInvalidRequestError, lm15.InvalidRequestError)
+_NO_MODEL = (LMUnsupportedModelError, lm15.UnsupportedModelError)  # some of them, and no row's fault
 
 
 def is_outage(error: BaseException) -> bool:
@@ -28,12 +28,18 @@ def is_outage(error: BaseException) -> bool:
     An error that was raised while an outage was handled is one too: modules word errors of their LM anew.
     """
     told = _telling(error)
-    return told is not None and (isinstance(told, _NO_MODEL) or not isinstance(told, _ANSWERS))
+    return told is not None and not isinstance(told, _ANSWERS)
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether it is an outage that may be of one request alone, such as by a provider's filter of contents."""
+    told = _telling(error)
+    return is_outage(error) and isinstance(told, _REFUSALS) and not isinstance(told, _NO_MODEL)
 
 
 def is_answer(error: BaseException) -> bool:
-    """Whether the LM is well: its answer was of no use, it refused, or the prompt or the answer was too long."""
-    return isinstance(_telling(error), _ANSWERS) and not is_outage(error)
+    """Whether the LM is well: its answer was of no use, or the prompt or the answer was too long."""
+    return isinstance(_telling(error), _ANSWERS)
 
 
 def is_too_long(error: BaseException) -> bool:

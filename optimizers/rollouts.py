@@ -10,7 +10,7 @@ import dspy
 from dspy.utils.exceptions import AdapterParseError
 from dspy.utils.parallelizer import ParallelExecutor
 from dspy_lora.optimizers.candidates import Candidate
-from dspy_lora.optimizers.outages import is_outage
+from dspy_lora.optimizers.outages import is_outage, is_refusal
 from dspy_lora.optimizers.run_log import RunLog, digest
 
 logger = logging.getLogger(__name__)
@@ -75,6 +75,8 @@ class Rollouts:
     def run(self, pairs: Sequence[Pair], traced: bool = False) -> list[Rollout]:
         """Answers pairs in their order.
 
+        A pair that the LM refuses while it answers others fails, and is asked again by a run that goes on.
+
         Raises:
             LMError: The LM is out of reach, or another outage (``outages.py``). Answers that came before it, and those
                 that were under way, are in the log; the pair that met it is not, and is asked again.
@@ -95,6 +97,7 @@ class Rollouts:
     def _run_new(self, new: dict[str, Pair], traced: bool) -> None:
         programs = {digest(candidate): self.space.build(candidate) for candidate, _ in new.values()}
         raised: list[Exception] = []
+        refused: dict[str, Exception] = {}
 
         def run(item: tuple[str, Pair]) -> None:
             if raised:
@@ -103,14 +106,23 @@ class Rollouts:
             try:
                 self.log.put(key, asdict(self._one(programs[digest(candidate)], example, traced)))
             except Exception as exc:  # noqa: BLE001 - raised below, when those under way have ended
-                raised.append(exc)
+                if is_refusal(exc):
+                    refused[key] = exc
+                else:
+                    raised.append(exc)
 
         began = time.monotonic()
         executor = ParallelExecutor(self.threads, disable_progress_bar=True, timeout=0)
         executor.execute(run, list(new.items()))
         self.seconds += time.monotonic() - began
+        if len(refused) == len(new) and (len(new) > 1 or not len(self.log)):
+            raised += refused.values()  # it refuses everything
         if raised:
             raise raised[0]
+        for key, exc in refused.items():
+            logger.warning("the LM refused %s: %s", str(new[key][1])[:200], exc)
+            failed = Rollout(self.failure_score, {}, f"{type(exc).__name__}: {exc}", {}, {}, 0.0)
+            self.log.put(key, asdict(failed), lasting=False)
 
     def _one(self, program: dspy.Module, example: dspy.Example, traced: bool) -> Rollout:
         """One answer; what the program or the metric raises is its failure, but for an outage."""

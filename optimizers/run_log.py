@@ -58,11 +58,11 @@ class RunLog:
         """The answer to a question; None if there is none yet."""
         return self._answers.get(key)
 
-    def put(self, key: str, answer: Any) -> None:
-        """Keeps an answer, which must be JSON. Any thread may call."""
+    def put(self, key: str, answer: Any, lasting: bool = True) -> None:
+        """Keeps an answer, which must be JSON, on disk if it is lasting. Any thread may call."""
         with self._lock:
             self._answers[key] = answer
-            if self._file is not None:
+            if lasting and self._file is not None:
                 with self._file.open("a", encoding="utf-8") as lines:
                     lines.write(json.dumps({"key": key, "answer": answer}) + "\n")
 

@@ -268,8 +268,10 @@ def test_a_classifier_that_cannot_be_saved_leaves_the_one_that_was_there(classif
         patch.setattr(Path, "replace", replace)
         wary.save(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    (tmp_path / "classifier_rows.npz").write_bytes(b"somebody else's")
     wary.save(tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 3
+    assert (tmp_path / "classifier_rows.npz").read_bytes() == b"somebody else's"
     assert DomainClassifier.load(tmp_path).margin == wary.margin
 
 

@@ -12,7 +12,7 @@ import dspy
 import pytest
 from dspy.clients.engines.dummy_engine import AsyncDummyEngine, DummyEngine
 from dspy.utils import DummyLM
-from dspy.utils.exceptions import LMServerError
+from dspy.utils.exceptions import LMInvalidRequestError, LMServerError
 from dspy_lora.optimizers import LoRAGEPA, candidates, lora_gepa
 from dspy_lora.optimizers.asking import IRTEvaluationPolicy
 from dspy_lora.optimizers.candidates import Space, decode
@@ -419,6 +419,28 @@ def test_answers_under_way_are_kept_and_no_more_is_asked_when_the_lm_fails():
     assert sorted(began[:2]) == ["0", "1"]
     assert len(log) == len(began) - 1 < 19
     assert rollouts.calls == 0
+
+
+def test_a_refused_row_fails_until_it_is_asked_again_and_refusing_everything_ends_the_run(world, tmp_path, monkeypatch):
+    real, refuses = Engine._complete_messages, ["row 1 "]
+
+    def answered(engine, messages):
+        if any(words in messages[-1]["content"] for words in refuses):
+            raise dspy.lm15.InvalidRequestError("filtered", status=400)
+        return real(engine, messages)
+
+    def scores():
+        settings = {"optimize_prompts": False, "log_dir": str(tmp_path)}
+        compiled = optimizer(**settings).compile(dspy.Predict("text -> label"), trainset=rows(20), valset=rows(24))
+        return compiled.detailed_results.found[compiled.detailed_results.best_idx].val_scores
+
+    monkeypatch.setattr(Engine, "_complete_messages", answered)
+    assert (lambda found: (found[1], sum(found)))(scores()) == (0.0, 23)
+    refuses.clear()
+    assert sum(scores()) == 24
+    refuses.append("")
+    with pytest.raises(LMInvalidRequestError, match="filtered"):
+        optimizer().compile(dspy.Predict("text -> label"), trainset=rows(20), valset=rows(24))
 
 
 def test_a_prompt_that_is_too_long_fails_its_row_alone(world, monkeypatch):

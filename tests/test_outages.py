@@ -10,7 +10,7 @@ from dspy.utils.exceptions import (
     LMServerError,
     LMUnsupportedModelError,
 )
-from dspy_lora.optimizers.outages import is_answer, is_outage, is_too_long
+from dspy_lora.optimizers.outages import is_answer, is_outage, is_refusal, is_too_long
 
 from dspy_lora.errors import DataError, EngineDiedError, UnknownAdapterError
 
@@ -36,8 +36,7 @@ def worded(error):
         (dspy.lm15.TransportError("no route"), True),
         (LMUnsupportedModelError("no such model"), True),
         (dspy.lm15.UnsupportedModelError("no such model"), True),
-        (LMInvalidRequestError("filtered"), False),
-        (dspy.lm15.InvalidRequestError("filtered", status=400), False),
+        (LMInvalidRequestError("filtered"), True),
         (ContextWindowExceededError(), False),
         (dspy.lm15.ContextLengthError("too long"), False),
         (AdapterParseError("ChatAdapter", dspy.Signature("a -> b"), "nonsense"), False),
@@ -58,7 +57,7 @@ def test_what_is_an_outage(error, outage):
         (ContextWindowExceededError(), True, True),
         (dspy.lm15.ContextLengthError("too long"), True, True),
         (worded(ContextWindowExceededError()), True, True),
-        (LMInvalidRequestError("filtered"), True, False),
+        (LMInvalidRequestError("filtered"), False, False),
         (LMUnsupportedModelError("no such model"), False, False),
         (LMServerError("overloaded"), False, False),
         (DataError("no such row"), False, False),
@@ -66,3 +65,17 @@ def test_what_is_an_outage(error, outage):
 )
 def test_what_another_prompt_may_mend(error, answer, too_long):
     assert (is_answer(error), is_too_long(error)) == (answer, too_long)
+
+
+@pytest.mark.parametrize(
+    ("error", "refusal"),
+    [
+        (LMInvalidRequestError("filtered"), True),
+        (worded(dspy.lm15.InvalidRequestError("filtered", status=400)), True),
+        (LMUnsupportedModelError("no such model"), False),
+        (ContextWindowExceededError(), False),
+        (LMServerError("overloaded"), False),
+    ],
+)
+def test_what_may_be_of_one_request_alone(error, refusal):
+    assert is_refusal(error) is refusal

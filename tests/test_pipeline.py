@@ -266,6 +266,15 @@ def test_few_shot_demos_are_found_in_a_pipeline_with_context(make, program):
     assert "[1]" not in str(found.predictors())
 
 
+def test_an_adapter_that_takes_its_arguments_by_name_is_told_the_context_too(make):
+    class Named(dspy.ChatAdapter):
+        def __call__(self, lm, **named):
+            return super().__call__(lm, **named)
+
+    with dspy.context(adapter=Named()):
+        assert make(dspy.Predict("query -> answer"), context=Remembering())(query=GARDEN).answer == "garden ctx"
+
+
 class Echoing(Engine):
     """Answers with the context it was told."""
 

@@ -279,8 +279,11 @@ def test_loralms_stay_with_their_adapters_in_other_settings_and_one_of_an_adapte
     router.set_lm(LoRALM(rollout_id=3, temperature=1.0))
     assert {name: lm.model for name, lm in router.adapters.items()} == models
     assert [lm.kwargs["rollout_id"] for lm in router.adapters.values()] == [3, 3]
-    router.set_lm(LoRALM(domain="legal"))
-    assert router.get_lm().domain == "legal"
+    router.set_lm(router.get_lm().copy(num_retries=9))
+    assert [lm.num_retries for lm in router.adapters.values()] == [9, 9]
+    for other in (LoRALM(domain="legal"), LoRALM(api_base="http://127.0.0.1:9/v1")):
+        router.set_lm(other)
+        assert router.get_lm() is other
     router.set_lm(None)
     assert router.get_lm().domain is None
 

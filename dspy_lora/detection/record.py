@@ -45,6 +45,7 @@ def write(folder: Path, record: Record, arrays: dict[str, Any]) -> None:
     said = {"format": _FORMAT, **dataclasses.asdict(record)}
     said["sha256"] = hashlib.sha256(content.getvalue()).hexdigest()
     said["weights"] = f"classifier-{said['sha256'][:12]}.npz"
+    before = _weights_there(folder)
     with writing("save the classifier", folder), staging(folder) as hidden, contextlib.ExitStack() as undo:
         (hidden / "weights").write_bytes(content.getvalue())
         (hidden / RECORD_FILE).write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
@@ -53,10 +54,19 @@ def write(folder: Path, record: Record, arrays: dict[str, Any]) -> None:
         (hidden / "weights").replace(folder / said["weights"])
         (hidden / RECORD_FILE).replace(folder / RECORD_FILE)
         undo.pop_all()
-    for old in folder.glob("classifier*.npz"):
-        if old.name != said["weights"]:
-            with contextlib.suppress(OSError):
-                old.unlink()
+    if before not in (None, said["weights"]):
+        with contextlib.suppress(OSError):
+            (folder / str(before)).unlink()
+
+
+def _weights_there(folder: Path) -> str | None:
+    """Name of the weights that a record in a folder names; None where there is none that can be read."""
+    try:
+        return str(
+            Path(json.loads((folder / RECORD_FILE).read_text(encoding="utf-8")).get("weights", WEIGHTS_FILE)).name
+        )
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def read(folder: Path) -> tuple[Record, dict[str, NDArray[Any]]]:
