@@ -62,9 +62,8 @@ def write(folder: Path, record: Record, arrays: dict[str, Any]) -> None:
 def _weights_there(folder: Path) -> str | None:
     """Name of the weights that a record in a folder names; None where there is none that can be read."""
     try:
-        return str(
-            Path(json.loads((folder / RECORD_FILE).read_text(encoding="utf-8")).get("weights", WEIGHTS_FILE)).name
-        )
+        record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+        return Path(record.get("weights", WEIGHTS_FILE)).name
     except (OSError, ValueError, AttributeError):
         return None
 
