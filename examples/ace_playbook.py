@@ -55,7 +55,7 @@ def score(program: dspy.Module, rows: list[dspy.Example], threads: int) -> float
         return pred.label == gold.label
 
     evaluate = dspy.Evaluate(
-        devset=rows, metric=exact, num_threads=threads, max_errors=len(rows), provide_traceback=False
+        devset=rows, metric=exact, num_threads=threads, max_errors=len(rows) + 1, provide_traceback=False
     )
     return float(evaluate(program).score)
 

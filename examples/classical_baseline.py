@@ -54,9 +54,20 @@ def fit(train: Rows, c: float) -> Pipeline:
     return make_pipeline(vectorizer, LogisticRegression(C=c, max_iter=1000)).fit(train.texts, train.labels)
 
 
-def measure(domain: str, name: str, folder: Path) -> Score:
-    """Chooses C on the dev rows and scores that model, and the training rows' most frequent label, on the test rows."""
+def measure(domain: str, name: str, folder: Path, most: int | None = None) -> Score:
+    """Chooses C on the dev rows and scores that model, and the training rows' most frequent label, on the test rows.
+
+    Args:
+        domain: The domain.
+        name: Its set.
+        folder: Where the set's rows are.
+        most: Test rows at most, the first ones.
+
+    Returns:
+        The scores; macro-F1 is the mean over the labels of the test rows.
+    """
     train, dev, test = (read(folder / f"{split}.jsonl") for split in ("train", "dev", "test"))
+    test = Rows(test.texts[:most], test.labels[:most])
     models = {c: fit(train, c) for c in INVERSE_REGULARISATION}
     c = max(models, key=lambda c: accuracy_score(dev.labels, models[c].predict(dev.texts)))
     predicted = models[c].predict(test.texts)
@@ -65,7 +76,7 @@ def measure(domain: str, name: str, folder: Path) -> Score:
         domain,
         name,
         exact_match=accuracy_score(test.labels, predicted),
-        macro_f1=f1_score(test.labels, predicted, average="macro", zero_division=0.0),
+        macro_f1=f1_score(test.labels, predicted, average="macro", labels=sorted(set(test.labels)), zero_division=0.0),
         majority=accuracy_score(test.labels, [majority] * len(test.labels)),
         c=c,
     )

@@ -59,7 +59,7 @@ def scores(domain: str, folder: Path, test: Rows, adapter: list[str], base: list
         )
     train = read(folder / "train.jsonl")
     if len(set(train.labels)) <= MOST_LABELS:
-        classical = measure(domain, folder.name, folder)
+        classical = measure(domain, folder.name, folder, len(test.labels))
         row |= {"majority": classical.majority, "classical": classical.exact_match, "classical_f1": classical.macro_f1}
     else:
         [(label, _)] = Counter(train.labels).most_common(1)

@@ -29,7 +29,7 @@ def examples(file: Path, count: int, seed: int) -> list[dspy.Example]:
 
 def score(program: dspy.Module, rows: list[dspy.Example]) -> float:
     """Exact match in percent; an answer that cannot be parsed counts as wrong."""
-    evaluate = dspy.Evaluate(devset=rows, metric=metric, num_threads=16, max_errors=len(rows))
+    evaluate = dspy.Evaluate(devset=rows, metric=metric, num_threads=16, max_errors=len(rows) + 1)
     return float(evaluate(program).score)
 
 

@@ -287,6 +287,12 @@ def test_an_engine_that_is_no_object_is_refused(engine, capsys):
     assert "--engine" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["--json", "f"], ["--shape", "8b"], ["--base-model", "m"], ["--sweep", "rank=8"]])
+def test_a_joint_search_refuses_what_it_would_take_no_notice_of(words, tmp_path, capsys):
+    assert main(["bench", "--joint", str(tmp_path), *words]) == 2
+    assert f"{words[0]}: of the other measurements" in capsys.readouterr().err
+
+
 def test_what_takes_long_runs_only_when_asked_for():
     parser = command.argparse.ArgumentParser()
     command.add_arguments(parser)

@@ -142,6 +142,7 @@ def test_vllm_s_own_kernels_get_no_settings_of_ours(start, tmp_path, worker):
         ({"hf_overrides": {"num_key_value_heads": 4}}, "has no settings for expand 2048+512+512"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size 2"),
         ({"dtype": "float32"}, "float32"),
+        ({"dtype": "float"}, "float32"),
         ({"lora_dtype": "float32"}, "float32"),
     ],
     ids=str,

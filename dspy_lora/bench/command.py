@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dspy_lora.adapters.base import SEEDLING
 from dspy_lora.bench import measure, picture, sweep
 from dspy_lora.bench.adapters import adapters, vllm_lora
 from dspy_lora.bench.bench import Bench
@@ -41,6 +42,7 @@ MEASUREMENTS: dict[str, Callable[[Bench], list[Figure]]] = {
 _LONG = ("soak", "endings", "loading", "adapters", "vllm-lora", "defaults")  # minutes
 _ALONE = ("caller-memory", "endings", "loading", "adapters", "vllm-lora", "defaults")
 _SEEDLING_S = ("caller-memory", "endings")  # their programs are written for it
+_NOT_JOINT = ("only", "all", "shape", "rank", "adapters", "words", "answers", "sweep", "picture", "json")
 _ADAPTERS, _RANK = 12, 16
 _MOST_ADAPTERS = 64
 
@@ -50,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", nargs="+", choices=list(MEASUREMENTS), metavar="NAME", help=", ".join(MEASUREMENTS))
     parser.add_argument("--all", action="store_true", help=f"what takes long too: {', '.join(_LONG)}")
     base = parser.add_mutually_exclusive_group()
-    base.add_argument("--base-model", default="seedling", help="the base model (default: the bundled seedling)")
+    base.add_argument("--base-model", default=SEEDLING, help="the base model (default: the bundled seedling)")
     base.add_argument("--shape", choices=list(SHAPES), help="instead: random weights of this shape, and their adapters")
     parser.add_argument("--rank", type=int, help=f"of the adapters of --shape (default: {_RANK})")
     parser.add_argument(
@@ -88,6 +90,11 @@ def run(args: argparse.Namespace) -> int:
     if args.joint:
         from dspy_lora.bench import joint
 
+        named = [f"--{name}" for name in _NOT_JOINT if getattr(args, name)]
+        if args.base_model != SEEDLING:  # the domains' adapters are the seedling's
+            named.append("--base-model")
+        if named:
+            raise ConfigError(f"{', '.join(named)}: of the other measurements, which --joint takes the place of.")
         places = [number - 1 for number in args.programs]
         joint.run(args.joint, args.metric_calls, args.seeds, args.threads, places, _engine(args.engine))
         return 0

@@ -93,8 +93,8 @@ def _cpu_speeds(bench: Bench, environment: dict[str, str], engine: dict[str, Any
             def calls_a_second(tokens: int, asked: Sequence[Question]) -> float:
                 return len(asked) / other.run(asked, lambda question: lms[tokens][question.domain](question.prompt))
 
-            calls_a_second(SHORT_TOKENS, questions(24, -1, names=bench.domains))
-            asked = questions(bench.calls, -2, names=bench.domains)
+            calls_a_second(SHORT_TOKENS, questions(24, -1, bench.words, bench.domains))
+            asked = questions(bench.calls, -2, bench.words, bench.domains)
             return calls_a_second(SHORT_TOKENS, asked), calls_a_second(1, asked)
         finally:
             other.close()

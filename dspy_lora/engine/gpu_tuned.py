@@ -83,7 +83,7 @@ def _computed(args: dict[str, Any], base: str) -> list[Product]:
         raise ConfigError("VLLM_BATCH_INVARIANT has vLLM's own kernels compute")
     if (parts := args.get("tensor_parallel_size") or 1) > 1:
         raise ConfigError(f"tensor_parallel_size {parts} cuts the products into parts of other shapes")
-    if "float32" in (args.get("dtype"), args.get("lora_dtype")):
+    if {"float32", "float"} & {args.get("dtype"), args.get("lora_dtype")}:  # two words of vLLM's for one thing
         raise ConfigError("this engine computes in float32, and tiles are timed with bfloat16")
     if not (config := read(Path(base, "config.json"))):
         raise ConfigError(f"there is no {Path(base, 'config.json')} that says the model's shapes")
