@@ -102,3 +102,6 @@ def test_what_json_does_not_know_is_a_setting_like_any_other(tmp_path):
     program.step.demos = [dspy.Example(text="\ud800", label={("a", "b"): 1})]
     for _ in range(2):
         RunLog(tmp_path, program_settings(program))
+    program.step.demos = [dspy.Example(text="\ud800", label={("a", "b"): 2})]
+    with pytest.raises(ConfigError, match=r"self\.step\.demos was '1, \w+', is '1, \w+'"):
+        RunLog(tmp_path, program_settings(program))

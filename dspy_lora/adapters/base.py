@@ -172,6 +172,7 @@ def _cached_snapshot(model: str) -> Path | None:
 
 
 def _has_tokenizer(folder: Path) -> bool:
+    """Whether a snapshot has one: who loads a model's weights alone leaves it out, and vLLM fetches it by id."""
     return any(any(folder.glob(pattern)) for pattern in _TOKENIZERS)
 
 
