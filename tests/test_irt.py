@@ -383,6 +383,38 @@ def test_posterior_is_prior_times_likelihood():
     assert test.expected_score == pytest.approx(2 / 3)
 
 
+def as_exact_as_a_fine_grid(items, scores, every):
+    """Records scores in the items' order, beside a sum over 200,001 abilities."""
+    test = AdaptiveTest(items, target_se=0.001, prior=(0.0, 3.0))
+    theta = np.linspace(-18, 18, 200_001)
+    log_density = -((theta / 3) ** 2) / 2
+    for j, (name, score) in enumerate(zip(items.names, scores, strict=True)):
+        test.record(name, score)
+        sign = 1 if score else -1
+        log_density += np.log(sigmoid(sign * items.discrimination[j] * (theta - items.difficulty[j])))
+        if j % every == 0:
+            density = np.exp(log_density - log_density.max())
+            density /= density.sum()
+            mean = density @ theta
+            assert test.ability == pytest.approx(mean, abs=1e-4)
+            assert test.standard_error == pytest.approx(np.sqrt(density @ (theta - mean) ** 2), rel=1e-3)
+    return test
+
+
+@pytest.mark.parametrize("ability", [0.31, 7.2])  # the second is far out in the prior
+def test_a_posterior_much_narrower_than_the_prior_is_as_exact(ability):
+    random = np.random.default_rng(0)
+    items = known_items(random.normal(ability, 1.0, 600), np.full(600, 2.0))
+    scores = (random.random(600) < sigmoid(2 * (ability - items.difficulty))) * 1.0
+    assert as_exact_as_a_fine_grid(items, scores, every=60).standard_error < 0.1
+
+
+def test_answers_that_contradict_those_before_do_not_run_off_the_grid():
+    items = known_items(np.repeat([2.0, -2.0], [100, 600]), np.repeat([4.0, 2.0], [100, 600]))
+    scores = [float(at < 100 and at % 2) for at in range(700)]  # an ability of 2, then one below -2
+    assert as_exact_as_a_fine_grid(items, scores, every=10).ability < -1
+
+
 def test_the_most_informative_item_comes_first_and_anchors_before_it():
     items = known_items([-4.0, 0.1, 4.0, 0.0], [1.0, 1.0, 1.0, 2.0])
     assert AdaptiveTest(items).next(2) == ["i3", "i1"]

@@ -14,15 +14,18 @@ Array = NDArray[np.float64]
 _NARROWEST_PRIOR = 1.0  # logits: a few systems that happen to be alike say little about the next one
 _SMALLEST_P = 1e-12
 _POINTS = 101  # of the grid of abilities
-_REACH = 6.0  # prior standard deviations on each side
+_REACH = 6.0  # standard deviations on each side
+_MOST_OFF = 0.25  # of the grid, from its middle to the posterior's
 
 
 class AdaptiveTest:
     """One system's test.
 
-    The ability's posterior is kept on a grid. The next item is the one with the most Fisher information, averaged over
-    that posterior (Veerkamp & Berger 1997, J. Educ. Behav. Stat. 22). Items whose parameters are uncertain tell less
-    and are counted as less (``Items.probability``), so the standard error is not too small on a bank from few systems.
+    The ability's posterior is kept on a grid, laid anew around it where it has become narrower than the grid's steps: a
+    sum over steps of up to a standard deviation is exact to eight digits. The next item is the one with the most Fisher
+    information, averaged over the posterior (Veerkamp & Berger 1997, J. Educ. Behav. Stat. 22). Items whose
+    parameters are uncertain tell less and are counted as less (``Items.probability``), so the standard error is not too
+    small on a bank from few systems.
 
     Args:
         items: The calibrated bank.
@@ -59,12 +62,9 @@ class AdaptiveTest:
         self.target_se, self.max_items = target_se, most
         self.scores: dict[str, float] = {}
         self._anchors = [items.item(name) for name in anchors]
-        self._grid = prior[0] + prior[1] * np.linspace(-_REACH, _REACH, _POINTS)
-        self._log_posterior = -(((self._grid - prior[0]) / prior[1]) ** 2) / 2
-        p, slope = items.answer(self._grid)
-        self._information = fisher(p, slope, items.dispersion)
-        self._p = p.clip(_SMALLEST_P, 1 - _SMALLEST_P)
+        self._prior = prior
         self._open = np.ones(len(items.names), dtype=bool)
+        self._lay_grid(*prior)
 
     @classmethod
     def for_fit(
@@ -154,8 +154,37 @@ class AdaptiveTest:
             raise DataError(f"the score {score!r} on item {item!r}; allowed is 0 to 1.")
         self._open[j] = False
         self.scores[item] = score
-        log_p = score * np.log(self._p[j]) + (1 - score) * np.log1p(-self._p[j])
-        self._log_posterior = self._log_posterior + log_p / self.items.dispersion
+        self._log_posterior = self._log_posterior + self._log_likelihood(j)
+        self._fit_grid()
+
+    def _fit_grid(self) -> None:
+        """Lays the grid anew if the posterior is narrower than its steps, or far from its middle.
+
+        It starts from the prior's, where nothing is cut off, and comes nearer.
+        """
+        off = abs(self.ability - self._grid[_POINTS // 2]) / (self._grid[-1] - self._grid[0])
+        if self.standard_error >= self._step and off <= _MOST_OFF:
+            return
+        self._lay_grid(*self._prior)
+        while self.standard_error < self._step:
+            self._lay_grid(self.ability, max(self.standard_error, self._step))
+
+    @property
+    def _step(self) -> float:
+        return float(self._grid[1] - self._grid[0])
+
+    def _lay_grid(self, middle: float, spread: float) -> None:
+        self._grid = middle + spread * np.linspace(-_REACH, _REACH, _POINTS)
+        p, slope = self.items.answer(self._grid)
+        self._information = fisher(p, slope, self.items.dispersion)
+        self._p = p.clip(_SMALLEST_P, 1 - _SMALLEST_P)
+        self._log_posterior = -(((self._grid - self._prior[0]) / self._prior[1]) ** 2) / 2
+        for name in self.scores:
+            self._log_posterior = self._log_posterior + self._log_likelihood(self.items.item(name))
+
+    def _log_likelihood(self, j: int) -> Array:
+        score = self.scores[self.items.names[j]]
+        return (score * np.log(self._p[j]) + (1 - score) * np.log1p(-self._p[j])) / self.items.dispersion
 
     def run(self, ask: Callable[[list[str]], Sequence[float]], *, batch: int = 1) -> "AdaptiveTest":
         """Runs the test to its end.
