@@ -187,6 +187,15 @@ def test_search_goes_on_where_it_was_killed(tmp_path):
     assert third.asked == []
 
 
+def test_a_run_without_time_keeps_the_fastest_that_is_known(tmp_path):
+    problem = Problem(GATE_UP, 16, 64, 12)
+    trials = Trials(tmp_path / "trials.jsonl", {"gpu": GPU})
+    for setting, seconds in ((BEST, 0.5), (Setting(64, 128, 16, 8, 1), 0.6), (Setting(32, 64, 16, 8, 1), None)):
+        trials.seconds(problem, setting, lambda *_, seconds=seconds: seconds)
+    (outcome,) = search(tmp_path, Fake(lambda *_: 1.0), {problem: 1}, budget=0.0)
+    assert (outcome.setting, outcome.seconds) == (BEST, 0.5)
+
+
 def test_trials_of_another_gpu_are_refused(tmp_path):
     Trials(tmp_path / "trials.jsonl", {"gpu": GPU, "vllm": "0.32.0"})
     with pytest.raises(ConfigError, match=r"vllm '0.32.0', now '0.33.0'.*--output") as caught:
@@ -488,6 +497,32 @@ def test_several_ranks_are_tuned_in_one_run(config_file, tmp_path, monkeypatch):
     command.run(arguments("--config", config_file, "--output", str(folder), "--tokens", "64", "--ranks", *ranks))
     for rank in gpu_tiles.RANKS:
         assert gpu_tuned.find(folder, GPU, vllm.__version__, products(LLAMA_3_8B), rank, 12) == folder
+
+
+def test_a_run_that_would_leave_batch_sizes_untuned_is_refused_before_it_measures(config_file, tmp_path, monkeypatch):
+    import torch
+    import vllm
+
+    fake, folder = Fake(), tmp_path / "tuned"
+    monkeypatch.setattr(command, "require_gpu", lambda: None)
+    monkeypatch.setattr(command, "Bench", lambda: fake)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: GPU)
+
+    def tune(*words):
+        command.run(arguments("--config", config_file, "--output", str(folder), *words))
+
+    def found(rank):
+        return gpu_tuned.find(folder, GPU, vllm.__version__, products(LLAMA_3_8B), rank, 12)
+
+    tune("--ranks", "16", "--tokens", "1", "64")
+    asked = len(fake.asked)
+    for words in (["--ranks", "32", "--tokens", "64"], ["--ranks", "32", "--tokens", "1", "64", "2048"]):
+        with pytest.raises(ConfigError, match=r"would be 1, 64(, 2048)? tokens.*the --tokens of the runs before"):
+            tune(*words)
+    assert len(fake.asked) == asked and found(16) == folder
+    tune("--ranks", "32", "--tokens", "1", "64")
+    tune("--ranks", "16", "32", "--tokens", "1", "64", "2048")  # all that the folder has, at one more
+    assert found(16) == found(32) == folder
 
 
 @pytest.mark.parametrize(

@@ -154,8 +154,25 @@ class AdaptiveTest:
             raise DataError(f"the score {score!r} on item {item!r}; allowed is 0 to 1.")
         self._open[j] = False
         self.scores[item] = score
-        self._log_posterior = self._log_posterior + self._log_likelihood(j)
+        self._log_posterior = self._log_posterior + self._log_likelihood(item)
         self._fit_grid()
+
+    def run(self, ask: Callable[[list[str]], Sequence[float]], *, batch: int = 1) -> "AdaptiveTest":
+        """Runs the test to its end.
+
+        Args:
+            ask: Scores the system on some items, in their order; it may ask them side by side.
+            batch: Items asked at once.
+
+        Returns:
+            The test itself.
+        """
+        while chosen := self.next(batch):
+            for item, score in zip(chosen, ask(chosen), strict=True):
+                self.record(item, score)
+        return self
+
+    # -- the grid ------------------------------------------------------------------------------------------------------
 
     def _fit_grid(self) -> None:
         """Lays the grid anew if the posterior is narrower than its steps, or far from its middle.
@@ -178,25 +195,9 @@ class AdaptiveTest:
         p, slope = self.items.answer(self._grid)
         self._information = fisher(p, slope, self.items.dispersion)
         self._p = p.clip(_SMALLEST_P, 1 - _SMALLEST_P)
-        self._log_posterior = -(((self._grid - self._prior[0]) / self._prior[1]) ** 2) / 2
-        for name in self.scores:
-            self._log_posterior = self._log_posterior + self._log_likelihood(self.items.item(name))
+        log_prior = -(((self._grid - self._prior[0]) / self._prior[1]) ** 2) / 2
+        self._log_posterior: Array = sum((self._log_likelihood(name) for name in self.scores), log_prior)
 
-    def _log_likelihood(self, j: int) -> Array:
-        score = self.scores[self.items.names[j]]
+    def _log_likelihood(self, item: str) -> Array:
+        j, score = self.items.item(item), self.scores[item]
         return (score * np.log(self._p[j]) + (1 - score) * np.log1p(-self._p[j])) / self.items.dispersion
-
-    def run(self, ask: Callable[[list[str]], Sequence[float]], *, batch: int = 1) -> "AdaptiveTest":
-        """Runs the test to its end.
-
-        Args:
-            ask: Scores the system on some items, in their order; it may ask them side by side.
-            batch: Items asked at once.
-
-        Returns:
-            The test itself.
-        """
-        while chosen := self.next(batch):
-            for item, score in zip(chosen, ask(chosen), strict=True):
-                self.record(item, score)
-        return self

@@ -33,7 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-loras", type=int, default=12, help="the engine's max_loras (default: %(default)s)")
     parser.add_argument(
-        "--tokens", type=int, nargs="+", default=_DECODE + _PREFILL, help="batch sizes (default: 1 to 16384)"
+        "--tokens",
+        type=int,
+        nargs="+",
+        default=_DECODE + _PREFILL,
+        help="batch sizes; an engine's others take the nearest one's settings (default: 1 to 16384)",
     )
     parser.add_argument("--budget-minutes", type=float, default=10, help="time to search (default: %(default)s)")
     parser.add_argument(
@@ -60,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
     gpu = torch.cuda.get_device_name()
     files.require_same(args.output, gpu, vllm.__version__)
+    files.require_same_tokens(args.output, gpu, counts)
     known = Trials(args.output / trials.NAME, files.conditions(gpu, vllm.__version__))
     print(f"{model} on {gpu}: {len(counts)} problems; {len(known)} trials known from {args.output / trials.NAME}")
     outcomes = _search(Search(known, Bench().measure, tell=_tell), counts, args.budget_minutes * 60)

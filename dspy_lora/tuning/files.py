@@ -11,7 +11,11 @@ from dspy_lora.engine.gpu_shapes import Op
 from dspy_lora.engine.gpu_tiles import VERSION
 from dspy_lora.engine.gpu_tuned import RECORD, names, read
 from dspy_lora.errors import ConfigError
+from dspy_lora.tuning.problem import Problem
 from dspy_lora.tuning.search import Outcome
+from dspy_lora.tuning.settings import default
+
+OPS: tuple[Op, ...] = ("shrink", "expand")
 
 
 def conditions(gpu: str, vllm: str) -> dict[str, Any]:
@@ -29,6 +33,29 @@ def require_same(folder: Path, gpu: str, vllm: str) -> None:
     for key, asked in conditions(gpu, vllm).items():
         if record and record.get(key) != asked:
             raise ConfigError(f"{folder} is tuned for {key} {record.get(key)!r}, not {asked!r}: give another --output.")
+
+
+def require_same_tokens(folder: Path, gpu: str, problems: Iterable[Problem]) -> None:
+    """Checks that all of a folder's products and ranks are tuned for the same batch sizes once these problems are too.
+
+    vLLM goes to the nearest number of tokens first and to a width after: one that is missing there would get another's
+    setting, so an engine takes none.
+
+    Raises:
+        ConfigError: They would not be, or a file cannot be read.
+    """
+    usual = [Outcome(problem, 0, default(problem), 0) for problem in problems]
+    for op in OPS:
+        data = _merged(read(folder / names(gpu, op)[0]), [each for each in usual if each.problem.product.op == op])
+        for by_tokens in (by_tokens for by_slices in data.values() for by_tokens in by_slices.values()):
+            widths = {frozenset((k, n) for k in found for n in found[k]) for found in by_tokens.values()}
+            if len(widths) > 1:
+                sizes = ", ".join(sorted(by_tokens, key=int))
+                raise ConfigError(
+                    f"{folder} is tuned for other batch sizes: with these there would be {sizes} tokens, and an engine "
+                    "wants each of its products at all of them. Give the --tokens of the runs before, or another "
+                    "--output."
+                )
 
 
 def save(folder: Path, gpu: str, vllm: str, model: str, outcomes: Iterable[Outcome]) -> None:
@@ -51,8 +78,7 @@ def save(folder: Path, gpu: str, vllm: str, model: str, outcomes: Iterable[Outco
     models = record.setdefault("models", {})
     models[model] = _record(found, models.get(model, {}))
     texts = {RECORD: json.dumps(record, indent=2) + "\n"}
-    ops: tuple[Op, ...] = ("shrink", "expand")
-    for op in ops:
+    for op in OPS:
         of_op = [outcome for outcome in found if outcome.problem.product.op == op]
         for name in names(gpu, op):
             texts[name] = json.dumps(_merged(read(folder / name), of_op)) + "\n"

@@ -96,7 +96,7 @@ class Search:
 
     def _tune(self, problem: Problem, deadline: float) -> Outcome:
         own, own_seconds = default(problem), self._default_seconds(problem)
-        best, seconds = own, own_seconds
+        best, seconds = self._trials.fastest(problem)
         for start in self._nearest(problem):
             if (found := self._ask(problem, start, deadline)) is not None and found < seconds:
                 best, seconds = start, found

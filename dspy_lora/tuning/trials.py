@@ -61,6 +61,15 @@ class Trials:
                 raise
         return self._seconds[problem, setting]
 
+    def fastest(self, problem: Problem) -> tuple[Setting, float]:
+        """The fastest setting that was timed for a problem, and its seconds.
+
+        Raises:
+            ValueError: None was.
+        """
+        timed = {setting: found for (of, setting), found in self._seconds.items() if of == problem and found}
+        return min(timed.items(), key=lambda each: each[1])
+
     def _keep(self, problem: Problem, setting: Setting, seconds: float | None) -> None:
         self._seconds[problem, setting] = seconds
         self._append({"problem": asdict(problem), "setting": asdict(setting), "seconds": seconds})
