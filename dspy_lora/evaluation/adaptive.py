@@ -154,7 +154,7 @@ class AdaptiveTest:
             raise DataError(f"the score {score!r} on item {item!r}; allowed is 0 to 1.")
         self._open[j] = False
         self.scores[item] = score
-        self._log_posterior = self._log_posterior + self._log_likelihood(item)
+        self._log_posterior += self._log_likelihood(item)
         self._fit_grid()
 
     def run(self, ask: Callable[[list[str]], Sequence[float]], *, batch: int = 1) -> "AdaptiveTest":
