@@ -1011,6 +1011,7 @@ def test_settings_of_the_file_and_switches_reach_a_run(data_folder: Path, tmp_pa
         ([*LEGAL, "--sweep", "base=1"], ConfigError, "'base' is no numeric setting"),
         ([*LEGAL, "--sweep", "r=8,"], ConfigError, "give different values"),
         ([*LEGAL, "--sweep", "r=8,8"], ConfigError, "give different values"),
+        ([*LEGAL, "--max-steps", "9", "--sweep", "epochs=1,2"], ConfigError, "all runs would be the same"),
         ([*LEGAL, "--sweep", "r=8,x"], ConfigError, "r = 'x': Input should be a valid integer"),
     ],
 )
