@@ -1,7 +1,10 @@
 """``dspy-lora bench --joint``: the exhaustive search from each predictor's own answers, and the races on them."""
 
+import functools
+import json
 import statistics
 from random import Random
+from types import SimpleNamespace
 
 import dspy
 import numpy as np
@@ -13,6 +16,8 @@ from dspy_lora.optimizers.run_log import RunLog
 from dspy_lora import LoRALM
 from dspy_lora.bench import joint
 from dspy_lora.bench.assignments import Answers, ask_all, seconds_of_race
+from dspy_lora.config import load_config
+from dspy_lora.errors import ConfigError, DataError
 
 SKILL = {"none": 0.2, "legal": 0.9, "financial": 0.5}
 
@@ -97,15 +102,16 @@ def test_a_race_on_the_engine_takes_its_time(lm):
 
 
 def test_the_table_names_every_method_and_both_times(lm, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(joint, "problems", lambda root, seed: [problem(20)])
+    monkeypatch.setattr(joint, "problem", lambda root, index, seed, train=20: problem(train))
+    monkeypatch.setattr(joint, "_DEV", 10)
     monkeypatch.setattr(joint, "LoRALM", lambda **kwargs: lm)
     monkeypatch.setattr(joint, "score", lambda program, rows, lm, threads: 0.5)
-    joint.run(tmp_path, calls=60, seeds=1, threads=4)
+    joint.run(tmp_path, calls=60, seeds=1, threads=4, places=[1])
     out = capsys.readouterr().out
     assert "one after another" in out
     assert "the exhaustive search's best in" in out
     for method in ("as it is", "adapters only", "GEPA only (base)", "LoRAGEPA", "every assignment, then GEPA"):
-        assert f"two{' ' * 39}{method}" in out
+        assert f"two predictors{' ' * 28}{method}" in out
 
 
 def test_gepa_after_the_adapters_keeps_them(lm):
@@ -118,6 +124,67 @@ def test_gepa_after_the_adapters_keeps_them(lm):
     then, _ = found["adapters, then GEPA"]
     assert then.detailed_results.race_calls == 0
     assert len({tuple(each.adapters.values()) for each in then.detailed_results.found}) == 1
+
+
+def test_one_after_the_other_is_charged_the_race_s_validation_once(lm, monkeypatch):
+    def nothing(*, candidate, components_to_update, **_):
+        return {name: candidate[name] for name in components_to_update}
+
+    monkeypatch.setattr(joint, "_optimizer", functools.partial(joint._optimizer, instruction_proposer=nothing))
+    two = problem()
+    found = joint.methods(two, lm, 120, 0, 4, ask_all(two.parts(), two.train, lm, joint.metric, 4))
+    alone = found["adapters, then GEPA"][0].detailed_results.race_calls
+    assert alone == 0 and found["adapters, then GEPA"][1] == found["LoRAGEPA"][1]
+
+
+def rows_of(folder, count):
+    folder.mkdir(parents=True)
+    for split in ("train", "dev", "test"):
+        lines = [json.dumps({"text": f"{folder.name} {split} {i}", "label": f"{i % 3}"}) for i in range(count)]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_no_side_of_phase_one_asks_what_another_did(lm, monkeypatch, tmp_path, index):
+    for source in joint._PROGRAMS[index][0]:
+        rows_of(tmp_path / (source if "/" in source else load_config().domain(source).data), 700)
+    asked, lms = [], []
+
+    def race(program, rows, lm, *rest):
+        asked.append([row["one"] for row in rows])
+        lms.append(lm.kwargs["seed"])
+        return 1.0
+
+    def alone(parts, rows, lm, *rest):
+        if len(rows) > 1:
+            race(None, rows, lm)
+        return SimpleNamespace(seconds=3.0, calls=100)
+
+    monkeypatch.setattr(joint, "seconds_of_race", race)
+    monkeypatch.setattr(joint, "ask_all", alone)
+    assert joint.phase_one(tmp_path, index, lm, 800, 4) == [3.0] * joint._TIMED
+    texts = [text for rows in asked for text in rows]
+    assert len(texts) == len(set(texts)) == 8 * 80
+    assert len(set(lms)) == 8
+
+
+def test_intervals_are_student_s_and_differences_go_seed_by_seed():
+    ours = [0.80, 0.82, 0.84, 0.86, 0.88]
+    figures = {"LoRAGEPA": ours, "half": [value - 0.1 for value in ours]}
+    first, second = joint._method_lines(figures, {"LoRAGEPA": [500] * 5, "half": [400] * 5})
+    half = 2.776 * statistics.stdev(ours) / 5**0.5
+    assert f"0.840 [{0.84 - half:.3f}, {0.84 + half:.3f}]" in first
+    assert "0.740 [" in second and "-0.100 [-0.100, -0.100]" in second and "400 calls" in second
+    assert "[" not in next(joint._method_lines({"LoRAGEPA": [0.5]}, {"LoRAGEPA": [9]}))
+
+
+def test_too_few_calls_or_seeds_are_refused_before_anything_is_asked(tmp_path):
+    with pytest.raises(ConfigError, match="--metric-calls 299: GEPA after a race wants 300"):
+        joint.run(tmp_path, calls=299, seeds=1, threads=4)
+    with pytest.raises(ConfigError, match="--seeds 0"):
+        joint.run(tmp_path, calls=800, seeds=0, threads=4)
+    with pytest.raises(DataError, match=r"train\.jsonl"):
+        joint.run(tmp_path, calls=800, seeds=1, threads=4)
 
 
 def test_feedback_is_the_predictor_s_own():

@@ -7,6 +7,7 @@ count.
 """
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,9 +19,9 @@ import dspy
 from dspy_lora import LoRALM
 from dspy_lora.bench.assignments import Answers, Races, ask_all, seconds_of_race
 from dspy_lora.config import load_config
+from dspy_lora.errors import ConfigError
 from dspy_lora.optimizers import LoRAGEPA
 from dspy_lora.optimizers.candidates import Space, with_arms
-from dspy_lora.optimizers.choosing import interval
 from dspy_lora.training.data import read_rows
 
 Step: TypeAlias = tuple[str | type[dspy.Signature], Mapping[str, str]]
@@ -94,12 +95,21 @@ def metric(gold: Any, pred: Any, trace: Any = None, pred_name: str | None = None
     return dspy.Prediction(score=sum(right.values()) / len(right), feedback=feedback)
 
 
-def problems(root: Path, seed: int) -> list[Problem]:
-    """The three programs, on rows that a seed draws.
+NAMES = (
+    "one predictor, rows of three domains",
+    "two predictors",
+    "three predictors, one without an adapter",
+)
+
+
+def problem(root: Path, index: int, seed: int, train: int = _TRAIN) -> Problem:
+    """One of the three programs, on rows that a seed draws.
 
     Args:
         root: Holds each domain's folder of train.jsonl, dev.jsonl and test.jsonl.
+        index: Which of ``NAMES``.
         seed: Decides which rows.
+        train: How many training rows.
     """
 
     def draw(source: str, split: str, count: int) -> list[dict[str, Any]]:
@@ -107,47 +117,51 @@ def problems(root: Path, seed: int) -> list[Problem]:
         rows = read_rows(root / folder / f"{split}.jsonl", ["text", "label"])
         return Random(f"{seed} {source} {split}").sample(rows, min(count, len(rows)))
 
-    def examples(make: Callable[..., dspy.Example], *sources: str) -> list[list[dspy.Example]]:
-        sizes = {"train": _TRAIN, "dev": _DEV, "test": _TEST}
-        parts = [[draw(source, split, size) for source in sources] for split, size in sizes.items()]
-        return [[make(*rows) for rows in zip(*part, strict=False)] for part in parts]
+    sources, make, steps = _PROGRAMS[index]
+    sizes = {"train": train, "dev": _DEV, "test": _TEST}
+    parts = [[draw(source, split, size) for source in sources] for split, size in sizes.items()]
+    return Problem(NAMES[index], steps, *([make(*rows) for rows in zip(*part, strict=False)] for part in parts))
 
-    def one(*rows: dict[str, Any]) -> dspy.Example:
-        row = Random(str(rows)).choices(rows, (2, 1, 1))[0]
-        return dspy.Example(one=row["text"], wanted={"label": row["label"]}).with_inputs("one")
 
-    def two(a: dict[str, Any], b: dict[str, Any]) -> dspy.Example:
-        wanted = {"first": a["label"], "second": b["label"]}
-        return dspy.Example(one=a["text"], two=b["text"], wanted=wanted).with_inputs("one", "two")
+def _mixed(*rows: dict[str, Any]) -> dspy.Example:
+    """One of the rows, of the first set as often as of both others."""
+    row = Random(str(rows)).choices(rows, (2, 1, 1))[0]
+    return dspy.Example(one=row["text"], wanted={"label": row["label"]}).with_inputs("one")
 
-    def three(a: dict[str, Any], b: dict[str, Any], c: dict[str, Any]) -> dspy.Example:
-        inputs = {"one": a["text"], "two": b["text"], "three": c["text"]}
-        wanted = {"first": a["label"], "second": b["label"], "third": c["label"]}
-        return dspy.Example(**inputs, wanted=wanted).with_inputs(*inputs)
 
-    one_label = {"label": (_LABEL, {"text": "one"})}
-    two_labels = {"first": (_LABEL, {"text": "one"}), "second": (_LABEL, {"text": "two"})}
-    untrained = dspy.Signature(_LABEL, _UNTRAINED_TASK)
-    made = {
-        "one predictor, rows of three domains": (one_label, examples(one, "customer_service", "legal", "healthcare")),
-        "two predictors": (two_labels, examples(two, "customer_service", "manufacturing")),
-        "three predictors, one without an adapter": (
-            two_labels | {"third": (untrained, {"text": "three"})},
-            examples(three, "real_estate", "financial", _UNTRAINED),
-        ),
-    }
-    return [Problem(name, steps, *parts) for name, (steps, parts) in made.items()]
+def _each(*rows: dict[str, Any]) -> dspy.Example:
+    """A row for each predictor."""
+    inputs = {name: row["text"] for name, row in zip(("one", "two", "three"), rows, strict=False)}
+    wanted = {name: row["label"] for name, row in zip(_STEPS, rows, strict=False)}
+    return dspy.Example(**inputs, wanted=wanted).with_inputs(*inputs)
+
+
+_STEPS: dict[str, Step] = {
+    "first": (_LABEL, {"text": "one"}),
+    "second": (_LABEL, {"text": "two"}),
+    "third": (dspy.Signature(_LABEL, _UNTRAINED_TASK), {"text": "three"}),
+}
+# For each of NAMES: the sets, what makes a row of the program's from one of each, the predictors.
+_PROGRAMS: tuple[tuple[tuple[str, ...], Callable[..., dspy.Example], dict[str, Step]], ...] = (
+    (("customer_service", "legal", "healthcare"), _mixed, {"label": _STEPS["first"]}),
+    (("customer_service", "manufacturing"), _each, {name: _STEPS[name] for name in ("first", "second")}),
+    (("real_estate", "financial", _UNTRAINED), _each, _STEPS),
+)
 
 
 def _optimizer(lm: LoRALM, calls: int, seed: int, threads: int, **kwargs: Any) -> LoRAGEPA:
-    given = {"max_metric_calls": calls, "seed": seed, "num_threads": threads, "reflection_minibatch_size": 8} | kwargs
-    return LoRAGEPA(metric, lm=lm, **given)
+    usual = {"adapter_budget": _RACE, "seed": seed, "num_threads": threads, "reflection_minibatch_size": 8}
+    return LoRAGEPA(metric, lm=lm, max_metric_calls=calls, **usual | kwargs)
 
 
 def methods(
     problem: Problem, lm: LoRALM, calls: int, seed: int, threads: int, answers: Answers
 ) -> dict[str, tuple[dspy.Module, int]]:
-    """Every method's program and its metric calls."""
+    """Every method's program and its metric calls.
+
+    GEPA after something else scores what it starts from on the dev rows, as LoRAGEPA does once: what the race scored
+    there already is not counted again.
+    """
     sets = {"trainset": problem.train, "valset": problem.dev}
 
     def compiled(student: dspy.Module, budget: int = calls, **kwargs: Any) -> tuple[dspy.Module, int]:
@@ -157,15 +171,16 @@ def methods(
     asis = problem.program()
     adapters, spent = compiled(asis, optimize_prompts=False)
     race, race_calls = compiled(asis, _race_calls(calls) + 2 * len(problem.dev), optimize_prompts=False)
-    then, then_calls = compiled(race, calls - race_calls, select_adapters=False)
+    left = calls - race_calls + len(problem.dev)
+    then, then_calls = compiled(race, left, select_adapters=False)
     space = Space(asis, lm, "all")
     best = space.build(with_arms(space.start, answers.best()))
-    after, after_calls = compiled(best, calls - race_calls, select_adapters=False)
+    after, after_calls = compiled(best, left, select_adapters=False)
     return {
         "as it is": (asis, 0),
         "adapters only": (adapters, spent),
         "GEPA only (base)": compiled(asis, select_adapters=False),
-        "adapters, then GEPA": (then, race_calls + then_calls),
+        "adapters, then GEPA": (then, race_calls + then_calls - len(problem.dev)),
         "LoRAGEPA": compiled(asis),
         "every assignment, then GEPA": (after, answers.calls + after_calls),
     }
@@ -186,22 +201,25 @@ def score(program: dspy.Module, rows: list[dspy.Example], lm: LoRALM, threads: i
 def phase_one(root: Path, index: int, lm: LoRALM, calls: int, threads: int) -> list[float]:
     """How many times as long as the race it takes to ask every adapter for every row, one adapter after another.
 
-    Each side has rows of its own, of the same sets, which neither DSPy's cache nor the engine's knows; they take turns
-    in going first. Within a side DSPy's cache answers what was asked before, as it does for a user.
+    Each side of each repeat has rows of its own and a cache of its own; they take turns in going first. Within a side
+    DSPy's cache answers what was asked before, as it does for a user.
     """
 
-    def race(problem: Problem) -> float:
-        budget = min(_race_calls(calls), int(_SHARE * first.calls * len(problem.train)))
-        return seconds_of_race(problem.program(), problem.train, fresh, metric, threads, budget)
+    def fresh() -> LoRALM:
+        return lm.copy(seed=SystemRandom().getrandbits(31))  # answers are greedy: the seed is a key of the cache
 
-    def alone(problem: Problem) -> float:
-        return ask_all(problem.parts(), problem.train, fresh, metric, threads).seconds
+    def race(rows: list[dspy.Example]) -> float:
+        budget = min(_race_calls(calls), int(_SHARE * first.calls * len(rows)))
+        return seconds_of_race(drawn.program(), rows, fresh(), metric, threads, budget)
 
-    fresh = lm.copy(seed=SystemRandom().getrandbits(31))  # answers are greedy: the seed is a key of the cache
-    first = ask_all(problems(root, 0)[index].parts(), problems(root, 0)[index].dev[:1], fresh, metric, threads)
+    def alone(rows: list[dspy.Example]) -> float:
+        return ask_all(drawn.parts(), rows, fresh(), metric, threads).seconds
+
+    drawn = problem(root, index, 1000, 2 * _TIMED * _TRAIN)
+    first = ask_all(drawn.parts(), drawn.dev[:1], fresh(), metric, threads)
     ratios = []
     for repeat in range(_TIMED):
-        one, two = (problems(root, 1000 + 2 * repeat + side)[index] for side in range(2))
+        one, two = (drawn.train[2 * repeat + side :: 2 * _TIMED] for side in range(2))
         seconds = (race(one), alone(two)) if repeat % 2 else (alone(two), race(one))[::-1]
         ratios.append(seconds[1] / seconds[0])
     return ratios
@@ -224,11 +242,22 @@ def run(
         threads: Rows at once.
         places: Which of the programs, from 0; None takes all.
         engine: Engine settings, as LoRALM's.
+
+    Raises:
+        ConfigError: Too few metric calls for the methods, or no seed.
+        DataError: Rows that are missing or malformed.
     """
+    least = math.ceil(3 * _DEV / (1 - _RACE))
+    if calls < least:
+        raise ConfigError(f"--metric-calls {calls}: GEPA after a race wants {least} and more.")
+    if seeds < 1:
+        raise ConfigError(f"--seeds {seeds}: give 1 or more.")
+    chosen = range(len(NAMES)) if places is None else places
+    for index in chosen:  # rows that are missing show before the engine starts
+        problem(root, index, 0)
     lm = LoRALM(max_tokens=64, engine=engine)
-    names = [problem.name for problem in problems(root, 0)]
-    for index in range(len(names)) if places is None else places:
-        name = names[index]
+    for index in chosen:
+        name = NAMES[index]
         figures: dict[str, list[float]] = {}
         spent: dict[str, list[int]] = {}
         races: dict[str, list[Races]] = {}
@@ -236,15 +265,16 @@ def run(
         spread = f"{statistics.fmean(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
         print(f"{name:41} phase 1 takes 1 / {spread} of the adapters one after another", flush=True)
         for seed in range(seeds):
-            problem = problems(root, seed)[index]
-            answers = ask_all(problem.parts(), problem.train, lm, metric, threads)
+            drawn = problem(root, index, seed)
+            answers = ask_all(drawn.parts(), drawn.train, lm, metric, threads)
             whole = int(_SHARE * answers.calls)
             for budget, found in ((f"{_SHARE:.0%}", whole), ("LoRAGEPA's", min(_race_calls(calls), whole))):
                 races.setdefault(budget, []).append(answers.races(found, _RACES))
-            for method, (program, cost) in methods(problem, lm, calls, seed, threads, answers).items():
-                figures.setdefault(method, []).append(score(program, problem.test, lm, threads))
+            for method, (program, cost) in methods(drawn, lm, calls, seed, threads, answers).items():
+                figures.setdefault(method, []).append(score(program, drawn.test, lm, threads))
                 spent.setdefault(method, []).append(cost)
                 print(f"{name:41} seed {seed}: {method:28} {figures[method][-1]:.3f} {cost:7} calls", flush=True)
+        print(f"{name:41} {len(drawn.test)} test rows a seed; means and differences with 95 % intervals over seeds")
         for line in (*_race_lines(races), *_method_lines(figures, spent)):
             print(f"{name:41} {line}", flush=True)
 
@@ -259,7 +289,19 @@ def _race_lines(races: Mapping[str, Sequence[Races]]) -> Iterator[str]:
 
 
 def _method_lines(figures: Mapping[str, list[float]], spent: Mapping[str, list[int]]) -> Iterator[str]:
+    """Each method's mean score, its difference to LoRAGEPA's, seed by seed, and its metric calls."""
     for method, values in figures.items():
-        low, high = interval(values) if len(values) > 1 else (values[0], values[0])
+        less = [value - ours for value, ours in zip(values, figures["LoRAGEPA"], strict=True)]
         calls = statistics.fmean(spent[method])
-        yield f"{method:28} {statistics.fmean(values):.3f} [{low:.3f}, {high:.3f}] {calls:7.0f} calls"
+        yield f"{method:28} {_with_interval(values, '.3f')}  {_with_interval(less, '+.3f')} {calls:7.0f} calls"
+
+
+def _with_interval(values: Sequence[float], form: str) -> str:
+    """A mean and its 95 % interval by Student's t distribution; a single value has none."""
+    from scipy.stats import t
+
+    mean, count = statistics.fmean(values), len(values)
+    if count == 1:
+        return f"{mean:{form}}"
+    half = t.ppf(0.975, count - 1) * statistics.stdev(values) / math.sqrt(count)
+    return f"{mean:{form}} [{mean - half:{form}}, {mean + half:{form}}]"
