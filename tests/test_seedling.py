@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import multiprocessing
+import re
 import sys
 from itertools import islice
 from pathlib import Path
@@ -15,11 +17,14 @@ from dspy.utils.exceptions import AdapterParseError
 
 from dspy_lora.adapters.registry import PACKAGED_ROOT, AdapterRegistry
 from dspy_lora.config import load_config
-from dspy_lora.seedling import phrases, wordings
+from dspy_lora.detection.classifier import DomainClassifier
+from dspy_lora.errors import ConfigError, DataError, TrainingError
+from dspy_lora.seedling import phrases, router, wordings
 from dspy_lora.seedling.bars import ADAPTERS, questions, report
 from dspy_lora.seedling.chats import chats, signature
 from dspy_lora.seedling.rules import has_any, make_rules, rules_task, text_with
-from dspy_lora.seedling.sentences import Texts
+from dspy_lora.seedling.sentences import Texts, read_texts
+from dspy_lora.seedling.skills import compare_task
 from dspy_lora.seedling.task import pick
 from dspy_lora.seedling.tasks import KINDS, make_task
 from dspy_lora.seedling.tokenizer import chat_pieces
@@ -107,6 +112,12 @@ def test_every_sort_of_task_renders_and_parses_back(maker):
             assert adapter.parse(made, text) == outputs
 
 
+def test_sentences_that_follow_each_other_need_enough_of_them():
+    assert Texts(["One.", "Two."]).neighbours(Random(0), "train", 2) == ["One.", "Two."]
+    with pytest.raises(DataError, match=r"have 1 sentences .* needs 2 that follow each other"):
+        Texts(["One."]).neighbours(Random(0), "train", 2)
+
+
 def test_tasks_are_the_same_for_the_same_seed():
     first, second = (list(islice(chats(Random(7), "train", Texts(SENTENCES)), 20)) for _ in range(2))
     assert [chat.messages for chat in first] == [chat.messages for chat in second]
@@ -147,6 +158,20 @@ def test_a_training_row_learns_answers_and_keeps_documents_apart(tokenizer):
     assert (np.diff(rows.documents[0][rows.documents[0] >= 0]) >= 0).all()
 
 
+def test_a_pool_whose_workers_died_says_so_at_once(monkeypatch):
+    from dspy_lora.seedling import packing
+
+    monkeypatch.setattr(packing, "_work", lambda *_: sys.exit(7))
+    monkeypatch.setattr(packing, "_WAIT", 0.05)
+    pool = packing.ChatPool(2, Texts(), SEEDLING / "base", 0, 0.0)
+    for kept in ([], [packing.Rows(*np.zeros((3, 1, 1)))]):
+        for process in multiprocessing.active_children():
+            process.join()
+        pool._kept = kept
+        with pytest.raises(TrainingError, match=r"no worker is alive .*exit codes: 7, 7"):
+            pool.take(1)
+
+
 # -- the network -------------------------------------------------------------------------------------------------------
 
 
@@ -162,11 +187,24 @@ def test_the_trained_network_is_transformers_llama(tmp_path):
     save(network, tmp_path / "shards")
     (tmp_path / "whole").mkdir()
     join(tmp_path / "shards", tmp_path / "whole")
+    assert not list((tmp_path / "whole").glob("*.part"))
     reference = LlamaForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32)
     tokens = torch.randint(0, CONFIG["vocab_size"], (2, 40))
     positions = torch.arange(40).expand(2, 40)
     ours = network(tokens, positions, mask_within(torch.zeros(2, 40, dtype=torch.int32), flex=False))
     assert torch.allclose(ours, reference(tokens).logits, atol=1e-4)
+
+
+def test_joining_a_wrong_folder_leaves_the_model_that_is_there(tmp_path):
+    from dspy_lora.seedling.pretrain import join
+
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model-00001.safetensors").write_bytes(b"a shard without a configuration")
+    for wrong in ("none", "run"):
+        with pytest.raises(DataError, match=f"{wrong} holds no model-.*name the --out folder of a run"):
+            join(tmp_path / wrong, tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == b"weights"
 
 
 def test_documents_of_a_row_do_not_see_each_other():
@@ -192,6 +230,137 @@ def test_a_step_of_pretraining_lowers_the_loss():
     trainer = Trainer("cpu", rate=3e-3, flex=False)
     losses = [trainer.step(rows, progress=0.5, parts=2).mean().item() for _ in range(4)]
     assert losses[-1] < losses[0] - 0.1
+
+
+class FakeRun:
+    """What ``pretrain.train`` works with, on a clock that only its texts and steps move on."""
+
+    def __init__(self, monkeypatch, folder, reading=0.0, a_step=0.0):
+        import torch
+
+        from dspy_lora.seedling import packing, pretrain
+
+        self.now, self.steps, self.chats, self.seeds = 0.0, [], [], []
+        self.folder, self.reading, self.a_step = folder, reading, a_step
+        self.network = torch.nn.Linear(1, 1)
+        self.rows = packing.Rows(*np.ones((3, 64, packing.ROW + 1), np.int16))
+        for name, stub in {
+            "read_texts": self.read,
+            "exam": lambda _: None,
+            "ChatPool": lambda *_: self,
+            "Trainer": self.trainer,
+        }.items():
+            monkeypatch.setattr(pretrain, name, stub)
+        monkeypatch.setattr(pretrain.time, "monotonic", lambda: self.now)
+        self.fresh = self.repeated = 0
+        self.close = lambda: None
+
+    def read(self, _):
+        self.now += self.reading
+        return [" ".join(SENTENCES * 60)]
+
+    def trainer(self, device, rate, flex, seed):
+        self.seeds.append(seed)
+        return self
+
+    def take(self, count):
+        self.chats.append(count)
+        return self.rows[:count]
+
+    def step(self, rows, progress, parts):
+        import torch
+
+        self.now += self.a_step
+        self.steps.append(progress)
+        return torch.ones(len(rows.tokens))
+
+    def share_right(self, _):
+        return 0.5
+
+    def __call__(self, *words):
+        from dspy_lora.seedling.pretrain import main
+
+        words = ["--text", str(self.folder), "--out", str(self.folder / "run"), *words]
+        with patch.object(sys, "argv", ["pretrain", *words]):
+            main()
+
+
+@pytest.mark.parametrize(
+    ("a_step", "steps"),
+    [(25, [0, 25 / 60, 50 / 60]), (15, [0, 0.25, 0.5, 0]), (10, [0, 1 / 6, 1 / 3, 0, 1 / 3, 2 / 3])],
+)
+def test_a_run_ends_with_its_deadline(monkeypatch, tmp_path, a_step, steps):
+    run = FakeRun(monkeypatch, tmp_path, a_step=a_step)
+    run("--minutes", "1", "--steps", "9", "--seed", "3")
+    assert run.steps == pytest.approx(steps)
+    assert run.seeds == [3]
+    assert (tmp_path / "run" / "weights.pt").is_file()
+
+
+def test_a_run_without_time_left_says_how_long_the_texts_took(monkeypatch, tmp_path):
+    run = FakeRun(monkeypatch, tmp_path, reading=70)
+    with pytest.raises(SystemExit, match="the texts took 70 s, give more --minutes"):
+        run("--minutes", "1")
+    assert not run.steps
+
+
+def test_the_seed_decides_the_first_weights(monkeypatch):
+    from dspy_lora.seedling import pretrain
+
+    monkeypatch.setattr(pretrain, "CONFIG", pretrain.CONFIG | {"num_hidden_layers": 1, "vocab_size": 64})
+    trainers = [pretrain.Trainer("cpu", 3e-3, False, *seed) for seed in ((), (0,), (1,))]
+    first, same, other = (next(trainer.network.parameters()).detach().numpy() for trainer in trainers)
+    assert (first == same).all()
+    assert (first != other).any()
+
+
+@pytest.mark.parametrize("rows", [2, 3, 4, 64])
+def test_every_step_has_text_and_chats(monkeypatch, tmp_path, rows):
+    from dspy_lora.seedling.pretrain import chat_count
+
+    run = FakeRun(monkeypatch, tmp_path, a_step=1)
+    run("--minutes", "1", "--rows", str(rows))
+    assert len(run.chats) == len(run.steps) > 30
+    assert all(1 <= chats <= rows - 1 for chats in run.chats)
+    assert [chat_count(64, share) for share in (0.3, 0.9)] == [19, 58]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rows", "1"], "--rows 1 is too few: give 2 or more"),
+        (["--workers", "0"], "--workers 0 is too few: give 1 or more"),
+        (["--out", "FOLDER/file"], r"--out .*file cannot be made .*name a folder"),
+        (["--resume", "FOLDER/none.pt"], r"--resume .*none.pt is no file: name the weights.pt"),
+    ],
+)
+def test_what_would_end_a_run_late_is_refused_before_the_texts_are_read(monkeypatch, tmp_path, words, message):
+    (tmp_path / "file").write_text("")
+    run = FakeRun(monkeypatch, tmp_path, reading=1)
+    with pytest.raises(ConfigError, match=message):
+        run(*[word.replace("FOLDER", str(tmp_path)) for word in words])
+    assert run.now == 0
+
+
+def test_a_folder_without_texts_is_named(tmp_path):
+    with pytest.raises(DataError, match=f"{tmp_path} holds no "):
+        read_texts(tmp_path)
+
+
+def test_the_exam_of_a_run_asks_nothing_that_bars_asks():
+    from dspy_lora.seedling import pretrain
+    from dspy_lora.seedling.packing import Rows
+
+    asked = []
+    with (
+        patch.object(pretrain, "questions", lambda *words: asked.extend(questions(*words)) or asked),
+        patch.object(pretrain, "chat_rows", lambda *_: [Rows(*np.zeros((3, 1, 1)))]),
+    ):
+        pretrain.exam(None)
+    assert len(asked) == 300
+    for seed in (1, -1):
+        rows = [str(question.row) for question in questions(seed, 400, rules_task)]
+        assert not {str(question.row) for question in asked} & {*rows}
 
 
 @pytest.mark.slow  # a row has 2,048 tokens, which is minutes a step on a busy CPU
@@ -247,11 +416,51 @@ def test_the_report_of_the_bars_counts_what_it_says():
     outcomes += [q.outcome(None) for q in asked[6:9]]
     outcomes += [q.outcome(dict.fromkeys(q.signature.output_fields, "wrong")) for q in asked[9:]]
     text = report("ChatAdapter", outcomes, outcomes)
-    assert "right structure 75.0% of 24 calls, rules followed 50.0% of 12" in text
+    assert "right structure 75.0% of 24 calls, rules followed 50.0% of 12, right 50.0% of 12 of all sorts" in text
+    assert "right by kind: rules 6/12" in text
     assert all(q.labels in range(2, 9) for q in asked)
+    [labels] = re.findall("rules by labels: (.*)", text)
+    counts = {n: [q.labels == n for q in asked] for n in range(2, 9)}
+    assert labels.split(", ") == [f"{n} {sum(here[:6])}/{sum(here)}" for n, here in counts.items() if sum(here)]
     assert set(ADAPTERS) == {"ChatAdapter", "JSONAdapter"}
+
+
+def test_bars_ask_in_held_out_wordings_or_in_those_of_the_training():
+    held_out = {"Name the higher value.", "Name the lower value."}
+    assert {question.signature.instructions for question in questions(0, 20, compare_task)} == held_out
+    trained = {question.signature.instructions for question in questions(0, 20, compare_task, "train")}
+    assert trained and not trained & held_out
 
 
 def test_the_packaged_word_list_is_read():
     assert len(common_words("train")) > 5000
     assert Path(SEEDLING / "words.txt").is_file()
+
+
+# -- the classifier that ships -----------------------------------------------------------------------------------------
+
+
+def runs_of_five(text):
+    words = re.findall("[a-z0-9]+", text.lower())
+    return {tuple(words[at : at + 5]) for at in range(len(words) - 4)}
+
+
+def test_no_vocabulary_borrows_from_a_set_that_is_kept_out(data_root):
+    ours = {
+        five for words in router.VOCABULARY.values() for phrase in words.split("; ") for five in runs_of_five(phrase)
+    }
+    used = {name for sets in router._SETS.values() for name in sets} | {router._ASSISTANT, router._HEADLINES}
+    folder = data_root / "domains"
+    kept_out = [file for file in folder.glob("*/*/*.jsonl") if str(file.parent.relative_to(folder)) not in used]
+    assert folder / "financial" / "phrasebank" / "test.jsonl" in kept_out
+    for file in kept_out:
+        for line in file.read_text().splitlines():
+            assert not ours & runs_of_five(json.loads(line)["text"])
+
+
+def test_the_record_names_novels_only_where_they_were_read(tmp_path):
+    assert "novels" not in router.sources(tmp_path)["no domain"]
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "pretrain" / "eltec_novels.txt.xz").write_bytes(b"")
+    assert "novels" in router.sources(tmp_path)["no domain"]
+    assert DomainClassifier.packaged().trained_on["no domain"].endswith(router.sources(tmp_path)["no domain"])

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from dspy_lora.errors import TrainingError
 from dspy_lora.seedling.chats import Chat, chats
 from dspy_lora.seedling.sentences import Texts
 from dspy_lora.seedling.tokenizer import END_OF_TEXT, chat_pieces
@@ -16,6 +17,7 @@ from dspy_lora.seedling.tokenizer import END_OF_TEXT, chat_pieces
 ROW = 2048  # tokens
 _CHUNK = 16  # rows a worker hands over at once
 _KEPT = 3000  # chunks kept for when the workers are behind
+_WAIT = 2.0  # seconds between two looks at the workers while there is no chunk at all
 
 
 @dataclass
@@ -105,6 +107,9 @@ class ChatPool:
         tokenizer_folder: The tokenizer's folder.
         seed: Base of the workers' seeds.
         prompt_weight: What a prompt's token counts in the loss.
+
+    Raises:
+        TrainingError: Rows are taken, no worker is alive and none of its rows is left.
     """
 
     def __init__(self, workers: int, corpus: Texts, tokenizer_folder: Path, seed: int, prompt_weight: float) -> None:
@@ -134,9 +139,8 @@ class ChatPool:
         return have[:count]
 
     def _chunk(self) -> Rows:
-        try:
-            chunk = self._queue.get(block=not self._kept, timeout=120)
-        except queue.Empty:
+        chunk = self._fresh()
+        if chunk is None:
             self.repeated += 1
             return self._rng.choice(self._kept)
         self.fresh += 1
@@ -145,6 +149,22 @@ class ChatPool:
         else:
             self._kept[self._rng.randrange(_KEPT)] = chunk
         return chunk
+
+    def _fresh(self) -> Rows | None:
+        """A chunk of the workers; None where they are behind and there are earlier ones."""
+        while True:
+            try:
+                chunk: Rows = self._queue.get(block=not self._kept, timeout=_WAIT)
+                return chunk
+            except queue.Empty:
+                if not any(process.is_alive() for process in self._processes):
+                    codes = ", ".join(str(process.exitcode) for process in self._processes) or "there were none"
+                    raise TrainingError(
+                        f"no worker is alive to make chats (exit codes: {codes}): what ended them stands above; "
+                        "-9 is a lack of memory, for which --workers takes a smaller number"
+                    ) from None
+                if self._kept:
+                    return None
 
     def close(self) -> None:
         """Ends the workers."""

@@ -1,7 +1,8 @@
 """Wordings made of parts, for training only: a reader of rules should go by their structure, not by known sentences.
 
 Each function gives one wording with the places of ``wordings.py``: a held-out one of its list for the ``heldout``
-split, for ``train`` one of the others or one that is composed here. No composed wording is a held-out one.
+split, for ``train`` one of the others or one that is composed here. No composed wording is a held-out one to the
+letter, but it may differ from one by no more than a comma or a full stop.
 """
 
 from collections.abc import Callable, Sequence
@@ -96,6 +97,7 @@ def intro(rng: Random, split: Split) -> str:
 
 
 def _wording(rng: Random, split: Split, written: Sequence[str], make: Maker) -> str:
+    """One of the list, or a composed one that is not on it to the letter; near ones pass."""
     if split == "heldout" or rng.random() > _COMPOSED:
         return pick(rng, written, split)
     while (made := make(rng)) in written:

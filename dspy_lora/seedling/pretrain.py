@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from dspy_lora.errors import ConfigError, DataError
 from dspy_lora.seedling.bars import ADAPTERS, questions
 from dspy_lora.seedling.chats import Chat
 from dspy_lora.seedling.network import CONFIG, Llama, Mask, mask_within
@@ -28,6 +29,7 @@ _WARM_UP = 0.02  # share of the run
 _CHAT_SHARE = ((0.0, 0.3), (0.15, 0.45), (0.4, 0.75), (1.0, 0.9))  # (progress, share of rows that are chats)
 _SHARD = 15 * 10**6  # bytes
 _EXAM, _EXAM_EVERY = 300, 60  # held-out questions on rules, and the seconds between two looks at them
+_EXAM_SEED = "exam"  # a text, because ``bars`` takes numbers: what a run watches is not what it is measured by
 
 
 def corpus_of(texts: list[str]) -> Texts:
@@ -54,6 +56,16 @@ def chat_share(progress: float) -> float:
     return float(np.interp(progress, points, shares))
 
 
+def chat_count(rows: int, share: float) -> int:
+    """How many of a step's rows are chats; both chats and text get one at least."""
+    return min(max(1, round(rows * share)), rows - 1)
+
+
+def progress_of(now: float, began: float, deadline: float) -> float:
+    """How far a run is, from 0 to 1: 1 from the deadline on, even where it began later."""
+    return 1.0 if now >= deadline else max(0.0, (now - began) / (deadline - began))
+
+
 def rate_factor(progress: float) -> float:
     """Warm-up, then a straight line to zero."""
     return min(progress / _WARM_UP, (1 - progress) / (1 - _WARM_UP)) if progress < 1 else 0.0
@@ -62,9 +74,9 @@ def rate_factor(progress: float) -> float:
 class Trainer:
     """Network, optimizers and one training step."""
 
-    def __init__(self, device: str, rate: float, flex: bool) -> None:
+    def __init__(self, device: str, rate: float, flex: bool, seed: int = 0) -> None:
         self.device = device
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         self.network = Llama(CONFIG).to(device)
         matrices = [p for n, p in self.network.named_parameters() if p.ndim == 2 and "embed" not in n]
         others = [p for n, p in self.network.named_parameters() if p.ndim != 2 or "embed" in n]
@@ -124,13 +136,13 @@ class Trainer:
 
 
 def exam(tokenizer: Any) -> Rows:
-    """Held-out questions of ``bars`` about rules, as ChatAdapter writes them; only the answers count.
+    """Held-out questions about rules, as ChatAdapter writes them, none that ``bars`` asks; only the answers count.
 
     Those with ``reasoning`` are left out: its wording cannot be foreseen.
     """
     adapter = ADAPTERS["ChatAdapter"]
     chats = []
-    for question in questions(1, _EXAM, rules_task):
+    for question in questions(_EXAM_SEED, _EXAM, rules_task):
         if "reasoning" in question.signature.output_fields:
             continue
         messages = adapter.format(question.signature, question.demos, question.inputs)
@@ -168,23 +180,57 @@ def save(network: Llama, folder: Path) -> None:
 
 
 def join(shards: Path, folder: Path) -> None:
-    """Puts the shards of ``save`` together as one model.safetensors with its configuration."""
+    """Puts the shards of ``save`` together as one model.safetensors with its configuration.
+
+    Raises:
+        DataError: ``shards`` holds none, or no configuration; nothing was written.
+    """
     from safetensors.torch import load_file, save_file
 
+    found, config = sorted(shards.glob("model-*.safetensors")), shards / "config.json"
+    if not found or not config.is_file():
+        raise DataError(f"{shards} holds no model-*.safetensors with a config.json: name the --out folder of a run")
     state: dict[str, torch.Tensor] = {}
-    for shard in sorted(shards.glob("model-*.safetensors")):
+    for shard in found:
         state |= load_file(shard)
-    save_file(state, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_bytes((shards / "config.json").read_bytes())
+    draft = folder / "model.safetensors.part"
+    save_file(state, draft, {"format": "pt"})
+    draft.replace(folder / "model.safetensors")
+    (folder / "config.json").write_bytes(config.read_bytes())
     generation = {"eos_token_id": CONFIG["eos_token_id"], "pad_token_id": CONFIG["pad_token_id"]}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuses, before anything is read, what would end the run late; makes its folder.
+
+    Raises:
+        ConfigError: An argument that cannot be.
+    """
+    for name, least in (("rows", 2), ("parts", 1), ("workers", 1)):
+        if getattr(args, name) < least:
+            raise ConfigError(f"--{name} {getattr(args, name)} is too few: give {least} or more")
+    if args.resume and not args.resume.is_file():
+        raise ConfigError(f"--resume {args.resume} is no file: name the weights.pt in the --out folder of a run")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {args.out} cannot be made ({error}): name a folder, there or not") from error
+
+
 def train(args: argparse.Namespace) -> None:
-    """The run."""
+    """The run.
+
+    Raises:
+        ConfigError: An argument that cannot be.
+        DataError: No texts.
+        TrainingError: All workers died.
+    """
     from transformers import AutoTokenizer
 
-    deadline = time.monotonic() + 60 * args.minutes
+    check(args)
+    started = time.monotonic()
+    deadline = started + 60 * args.minutes
     device = "cuda" if torch.cuda.is_available() else "cpu"
     texts = [text[: args.characters] for text in read_texts(args.text)]
     corpus = corpus_of(texts)
@@ -197,16 +243,18 @@ def train(args: argparse.Namespace) -> None:
         flush=True,
     )
     torch.set_float32_matmul_precision("high")
-    trainer = Trainer(device, args.rate, args.flex)
+    trainer = Trainer(device, args.rate, args.flex, args.seed)
     print(f"{sum(p.numel() for p in trainer.network.parameters()):,} parameters on {device}", flush=True)
     if args.resume:
         trainer.network.load_state_dict(torch.load(args.resume, map_location=device, weights_only=True))
     rng = np.random.default_rng(args.seed)
     began = warm = time.monotonic()
+    if began >= deadline:
+        sys.exit(f"no time is left to train: the texts took {began - started:.0f} s, give more --minutes")
     step, seen, shown = 0, 0, time.monotonic()
     examined = shown
-    while (progress := (time.monotonic() - began) / (deadline - began)) < 1 and step < args.steps:
-        chats = round(args.rows * chat_share(1.0 if args.resume else progress))
+    while (progress := progress_of(time.monotonic(), began, deadline)) < 1 and step < args.steps:
+        chats = chat_count(args.rows, chat_share(1.0 if args.resume else progress))
         text, chat = text_rows(tokens, args.rows - chats, rng), pool.take(chats)
         chat.weights = np.where(chat.weights >= 1, args.answer_weight, chat.weights).astype(np.float16)
         losses = trainer.step(joined(text, chat), progress, args.parts)

@@ -169,7 +169,7 @@ def written(words: Sequence[str], quote: str, join: str) -> str:
     return join.join(shown) if join != " or " else f"{', '.join(shown[:-1])} or {shown[-1]}"
 
 
-def instruction(rng: Random, split: Split, rules: Rules, source: str, target: str, one_line: bool = False) -> str:
+def instruction(rng: Random, split: Split, rules: Rules, source: str, target: str) -> str:
     """Opening, list of labels, rules, closing: as lines, bullets, numbers or a paragraph."""
     head = [phrases.intro(rng, split).format(f=source, o=target)]
     if rng.random() < 0.3:
@@ -181,7 +181,7 @@ def instruction(rng: Random, split: Split, rules: Rules, source: str, target: st
         (head if rng.random() < 0.5 else tail).append(pick(rng, wordings.FIRST_WINS, split))
     if rng.random() < 0.25:
         head.append(pick(rng, wordings.HEADER, split))
-    layout = "paragraph" if one_line else rng.choice(("lines", "lines", "bullets", "bullets", "numbers", "paragraph"))
+    layout = rng.choice(("lines", "lines", "bullets", "bullets", "numbers", "paragraph"))
     parts = [part for part in head if part]
     if layout == "paragraph":
         lines = [line if line.endswith(".") else f"{line};" for line in rules.lines]
@@ -207,9 +207,9 @@ def apply_rules(
     return text, label, pick(rng, wordings.BECAUSE, split).format(k=keyword, f=source, o=target, l=label)
 
 
-def _kind(rng: Random, labels: list[str], share: float = 0.3) -> Any:
-    """The output's type: str, or a Literal of the labels in any order."""
-    return Literal[tuple(rng.sample(labels, len(labels)))] if rng.random() < share else str
+def _kind(rng: Random, labels: list[str]) -> Any:
+    """The output's type: str, or three times in ten a Literal of the labels in any order."""
+    return Literal[tuple(rng.sample(labels, len(labels)))] if rng.random() < 0.3 else str
 
 
 def rules_task(rng: Random, split: Split, texts: Texts) -> Task:

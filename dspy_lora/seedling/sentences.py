@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from random import Random
 
+from dspy_lora.errors import DataError
 from dspy_lora.seedling.task import pick
 from dspy_lora.seedling.words import DAYS, Split, common_words, is_held_out, names, word
 
@@ -75,8 +76,14 @@ def generated(rng: Random, split: Split, about: str = "") -> str:
 
 
 def read_texts(folder: Path) -> list[str]:
-    """The pretraining texts, one string a file (``*.txt.xz`` or ``*.txt``)."""
+    """The pretraining texts, one string a file (``*.txt.xz`` or ``*.txt``).
+
+    Raises:
+        DataError: The folder holds none.
+    """
     files = sorted(folder.glob("*.txt*"))
+    if not files:
+        raise DataError(f"{folder} holds no *.txt.xz and no *.txt: name the folder of the texts to train on")
     return [
         (lzma.open(file, "rt", encoding="utf-8").read() if file.suffix == ".xz" else file.read_text()) for file in files
     ]
@@ -140,10 +147,21 @@ class Texts:
         }
 
     def neighbours(self, rng: Random, split: Split, count: int) -> list[str]:
-        """``count`` sentences that follow each other (generated ones do not)."""
+        """``count`` sentences that follow each other (generated ones do not).
+
+        Where there are more, the last sentence is never among them: so the shipped model's tasks were drawn.
+
+        Raises:
+            DataError: The texts have fewer sentences.
+        """
         if not self.sentences:
             return [generated(rng, split) for _ in range(count)]
-        start = rng.randrange(len(self.sentences) - count)
+        if len(self.sentences) < count:
+            raise DataError(
+                f"the texts have {len(self.sentences)} sentences of {_SHORTEST} to {_LONGEST} characters, and a task "
+                f"needs {count} that follow each other: give longer texts, or none"
+            )
+        start = rng.randrange(max(1, len(self.sentences) - count))
         return self.sentences[start : start + count]
 
 

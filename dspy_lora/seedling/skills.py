@@ -325,7 +325,7 @@ _TOPIC = (
 
 
 def topic_task(rng: Random, split: Split, texts: Texts) -> Task:
-    """The subject of a textbook passage among given subjects."""
+    """The subject of a textbook passage among given subjects, which are labels even where they hold held-out words."""
     if not texts.passages:
         return rules_task(rng, split, texts)
     [source], [target] = field_names(rng, split, 1, 1)

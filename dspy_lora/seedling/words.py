@@ -1,6 +1,9 @@
-"""The words that generated tasks are made of, and which of them training never sees.
+"""The words that generated tasks are made of, and which of them are held out from training.
 
 A word is held out by the CRC-32 of its lower-case form, so the split needs no list and is the same everywhere.
+Held out means: never a keyword or an invented field name in training. Texts hold such words, and so do answers copied
+from texts; the subjects of textbooks are labels whatever they are.
+
 ``words.txt`` holds about 6,000 common English words, most frequent first, counted in the pretraining text.
 """
 
@@ -50,7 +53,7 @@ _CODAS = ["", "", "", "n", "r", "l", "m", "s", "t", "k", "x", "nd", "rt", "sk"]
 
 
 def is_held_out(word: str) -> bool:
-    """Whether training never uses this word as a keyword, a label or an invented field name."""
+    """Whether training never uses this word as a keyword, in a made label or as an invented field name."""
     return zlib.crc32(word.lower().encode()) % HELD_OUT_ONE_IN == 0
 
 
