@@ -13,6 +13,7 @@ from unittest.mock import patch
 import dspy
 import numpy as np
 import pytest
+from dspy.utils import DummyLM
 from dspy.utils.exceptions import AdapterParseError
 
 from dspy_lora.adapters.registry import PACKAGED_ROOT, AdapterRegistry
@@ -20,7 +21,7 @@ from dspy_lora.config import load_config
 from dspy_lora.detection.classifier import DomainClassifier
 from dspy_lora.errors import ConfigError, DataError, TrainingError
 from dspy_lora.seedling import phrases, router, wordings
-from dspy_lora.seedling.bars import ADAPTERS, questions, report
+from dspy_lora.seedling.bars import ADAPTERS, ask, questions, report
 from dspy_lora.seedling.chats import chats, signature
 from dspy_lora.seedling.rules import has_any, make_rules, rules_task, text_with
 from dspy_lora.seedling.sentences import Texts, read_texts
@@ -423,6 +424,15 @@ def test_the_report_of_the_bars_counts_what_it_says():
     counts = {n: [q.labels == n for q in asked] for n in range(2, 9)}
     assert labels.split(", ") == [f"{n} {sum(here[:6])}/{sum(here)}" for n, here in counts.items() if sum(here)]
     assert set(ADAPTERS) == {"ChatAdapter", "JSONAdapter"}
+
+
+def test_a_question_beyond_the_context_is_wrong_and_ends_nothing(monkeypatch):
+    def too_long(*args, **kwargs):
+        raise dspy.ContextWindowExceededError(model="short")
+
+    monkeypatch.setattr(dspy.Predict, "__call__", too_long)
+    [outcome] = ask(DummyLM([]), ADAPTERS["ChatAdapter"], questions(0, 1))
+    assert (outcome.structure, outcome.right) == (False, False)
 
 
 def test_bars_ask_in_held_out_wordings_or_in_those_of_the_training():

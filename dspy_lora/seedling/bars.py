@@ -18,7 +18,7 @@ from random import Random
 from typing import Any
 
 import dspy
-from dspy.utils.exceptions import AdapterParseError
+from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError
 
 from dspy_lora.seedling.chats import signature
 from dspy_lora.seedling.rules import rules_task
@@ -91,7 +91,7 @@ def questions(seed: int | str, count: int, maker: Maker | None = None, split: Sp
 
 
 def ask(lm: dspy.LM, adapter: dspy.Adapter, asked: Sequence[Question], threads: int = 64) -> list[Outcome]:
-    """Asks every question, side by side."""
+    """Asks every question, side by side. One whose prompt exceeds the context has no answer."""
 
     def one(question: Question) -> Outcome:
         predict = dspy.Predict(question.signature)
@@ -99,7 +99,7 @@ def ask(lm: dspy.LM, adapter: dspy.Adapter, asked: Sequence[Question], threads: 
         with dspy.context(lm=lm, adapter=adapter):
             try:
                 return question.outcome(dict(predict(**question.inputs)))
-            except AdapterParseError:
+            except (AdapterParseError, ContextWindowExceededError):
                 return question.outcome(None)
 
     with ThreadPoolExecutor(threads) as pool:
