@@ -16,7 +16,7 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Strict, StringConstraints
 
 from dspy_lora.errors import ConfigError, UnknownDomainError, near
-from dspy_lora.layers import Key, Layer, read_yaml
+from dspy_lora.layers import Key, Layer, Loader, read_yaml
 
 if TYPE_CHECKING:
     import dspy
@@ -25,6 +25,17 @@ PACKAGED = Path(__file__).with_name("lora_config.yaml")
 FILE_NAME = "lora_config.yaml"
 ENV_PREFIX = "DSPY_LORA_"
 API_KEY_VARIABLE = f"{ENV_PREFIX}API_KEY"  # of LoRALM(api_base=...): a secret, so no setting of a file
+
+# Words that stand for something else where the name of a domain, or of its adapter, may stand: LoRALM's choice call by
+# call, every adapter of `dspy-lora serve` and `train`, the model without an adapter in `dspy-lora evaluate --irt`, no
+# domain in `dspy-lora route`.
+TAKEN = ("all", "auto", "base", "none")
+
+# What no field can be called: names that DSPy 3.4 and pydantic use in a signature, how others of those begin, and, for
+# an input, names of arguments of dspy.Predict's methods.
+_OF_SIGNATURES = ("fields", "input_fields", "instructions", "output_fields", "signature")
+_BEGINNINGS = ("_", "model_config", "model_dump", "model_validate")
+_OF_CALLS = ("completions", "config", "demos", "lm", "new_signature", "self")
 
 # The ranks that vLLM preallocates slots for (vllm/config/lora.py, MaxLoRARanks).
 Rank = Literal[1, 8, 16, 32, 64, 128, 256, 320, 512]
@@ -37,10 +48,34 @@ def _not_bool(value: object) -> object:
     return value
 
 
-def _field_name(value: str) -> str:
-    if not value.isidentifier() or keyword.iskeyword(value):
-        raise ValueError("a field name is a Python identifier")
+def _domain_name(value: str) -> str:
+    if value in TAKEN:
+        raise ValueError("the word stands for something else. Give the domain another name")
     return value
+
+
+def check_output_field(name: str) -> str:
+    """Returns a name that an output of a signature can have.
+
+    Raises:
+        ConfigError: No identifier, or a name that DSPy keeps for itself.
+    """
+    if not name.isidentifier() or keyword.iskeyword(name):
+        raise ConfigError(f"a field name is a Python identifier, and {name!r} is none")
+    if name in _OF_SIGNATURES or name.startswith(_BEGINNINGS):
+        raise ConfigError(f"DSPy keeps {name!r} for itself. Give the field another name")
+    return name
+
+
+def check_input_field(name: str) -> str:
+    """Returns a name that an input of a signature can have.
+
+    Raises:
+        ConfigError: As for an output; also a name that ``dspy.Predict`` takes for an argument of its own.
+    """
+    if name in _OF_CALLS:
+        raise ConfigError(f"dspy.Predict takes {name!r} for an argument of its own. Give the field another name")
+    return check_output_field(name)
 
 
 # YAML reads 1e-5 as a string: float takes it, int stays strict so that 16.5, "16" and true are refused.
@@ -48,8 +83,9 @@ Number = Annotated[float, BeforeValidator(_not_bool)]
 Whole = Annotated[int, Strict()]
 Switch = Annotated[bool, Strict()]
 Positive = Annotated[Whole, Field(gt=0)]
-FieldName = Annotated[str, AfterValidator(_field_name)]
-DomainName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}\z")]
+InputName = Annotated[str, AfterValidator(check_input_field)]
+OutputName = Annotated[str, AfterValidator(check_output_field)]
+DomainName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}\z"), AfterValidator(_domain_name)]
 
 
 class _Section(pydantic.BaseModel):
@@ -126,6 +162,8 @@ class ServingConfig(_Section):
     reasoning_parser: str | None
     start_timeout_s: Annotated[Number, Field(gt=0)]
 
+    _rank_is_a_number = pydantic.field_validator("max_lora_rank", mode="before")(_not_bool)
+
     @pydantic.model_validator(mode="after")
     def _cpu_slots_hold_a_batch(self) -> "ServingConfig":
         if self.max_cpu_loras is not None and self.max_loras is not None and self.max_cpu_loras < self.max_loras:
@@ -137,8 +175,8 @@ class DomainSection(_Section):
     """One entry of ``domains``: its task, and what it sets differently (None: as ``lora`` and ``training`` say)."""
 
     task: Annotated[str, StringConstraints(min_length=1)]
-    input_field: FieldName = "text"
-    output_field: FieldName = "label"
+    input_field: InputName = "text"
+    output_field: OutputName = "label"
     input_description: str = ""
     output_description: str = ""
     data: str | None = None
@@ -264,7 +302,7 @@ def _env_value(name: str, text: str, key: Key) -> Any:
     if field is None or str in _alternatives(field.annotation):
         return text
     try:
-        return yaml.safe_load(text)
+        return Loader(text).get_single_data()
     except yaml.YAMLError as exc:
         raise ConfigError(f"environment variable {name}: {text!r} is not YAML") from exc
 

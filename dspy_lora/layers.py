@@ -14,6 +14,19 @@ Key = tuple[str, ...]
 _DEEPEST = 3
 
 
+class Loader(yaml.SafeLoader):
+    """PyYAML's, whose errors are all YAMLErrors that name the line."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """A node's value."""
+        try:
+            return super().construct_object(node, deep)
+        # In turn: of 2024-13-45 and 0b_, of !!int '' and !!bool x, of !!timestamp x.
+        except (ValueError, LookupError, AttributeError) as exc:
+            problem = f"{node.value!r} cannot be read: {exc}. Put a text in quotes"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from exc
+
+
 class Layer(NamedTuple):
     """Settings of one source.
 
@@ -38,7 +51,7 @@ def read_yaml(path: Path) -> Layer:
     """
     origins: dict[Key, str] = {}
     try:
-        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        loader = Loader(path.read_text(encoding="utf-8"))
         node = loader.get_single_node()
         _note_lines(node, path, (), origins)
         values = None if node is None else loader.construct_document(node)

@@ -27,6 +27,7 @@ MOST_CALIBRATION_ERROR = 0.05
 MOST_MICROSECONDS = 1000
 
 _TIMED = 500
+_FEWEST = 2  # domains of a classifier
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--classifier", type=Path, metavar="FOLDER", help="a saved classifier (default: the packaged)")
     parser.add_argument("--threshold", type=float, help="smallest margin at which an adapter is chosen")
     parser.add_argument("--train", type=Path, metavar="FOLDER", help="train one on the domains' rows, and save it here")
+    parser.add_argument(
+        "--domain", nargs="+", metavar="NAME", help="with --train: the domains to train on (default: all configured)"
+    )
     parser.add_argument("--evaluate", action="store_true", help="measure it on the domains' test rows")
     parser.add_argument("--answers", type=int, metavar="ROWS", help="with --evaluate: ask so many rows a domain too")
     parser.add_argument(
@@ -92,13 +96,11 @@ def run(args: argparse.Namespace) -> int:
         The exit status, 0; also where a bar is missed, which the table shows.
 
     Raises:
-        ConfigError: Nothing to do, no data folder, or no classifier where one was named.
+        ConfigError: Nothing to do, no data folder, a domain that is not configured, a number that is not allowed, or no
+            classifier where one was named.
         DataError: Rows that are missing or malformed, or an empty query.
     """
-    if not (args.query or args.train or args.evaluate):
-        raise ConfigError("give a query, --evaluate or --train FOLDER")
-    if (args.train or args.evaluate) and args.data_root is None:
-        raise ConfigError("--train and --evaluate need --data-root FOLDER, the folder that holds the domains' rows")
+    _check(args)
     config = load_config(args.config)
     classifier = _classifier(args, config)
     for query, choice in zip(args.query, classifier.choose_all(args.query, args.threshold), strict=True):
@@ -114,10 +116,24 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check(args: argparse.Namespace) -> None:
+    """Refuses flags that do not go together, before anything is trained or measured."""
+    if not (args.query or args.train or args.evaluate):
+        raise ConfigError("give a query, --evaluate or --train FOLDER")
+    if (args.train or args.evaluate) and args.data_root is None:
+        raise ConfigError("--train and --evaluate need --data-root FOLDER, the folder that holds the domains' rows")
+    if args.domain and not args.train:
+        raise ConfigError(f"--domain {' '.join(args.domain)} says what to train on: give --train FOLDER too")
+    if args.answers is not None and args.answers < 1:
+        raise ConfigError(f"--answers {args.answers}: rows to ask of a domain are 1 or more")
+    if few := [count for count in args.growth or () if count < _FEWEST]:
+        raise ConfigError(f"--growth {few[0]}: a classifier tells {_FEWEST} domains or more apart")
+
+
 def _classifier(args: argparse.Namespace, config: Config) -> DomainClassifier:
     if args.train is not None:
         domains: dict[str, Sequence[str] | str] = {}
-        for name in config.domains:
+        for name in args.domain or config.domains:
             domain = config.domain(name)
             # A domain without data is learnt from its task, the sentence that describes it.
             domains[name] = (

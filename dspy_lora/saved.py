@@ -15,6 +15,7 @@ from dspy_lora.errors import ConfigError
 from dspy_lora.lm import LoRALM
 
 _PLAIN_LM = "dspy.clients.lm.LM"
+_SHOWN = 40  # characters of what is no program
 _ADDRESSES = ("server", "api_base", "base_url", "model_list")
 _SAFE_ENGINE_KEYS = ServingConfig.model_fields.keys() - {"trust_remote_code"}
 
@@ -40,7 +41,9 @@ def load(program: dspy.Module, path: str | Path) -> dspy.Module:
     """
     try:
         state = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as exc:
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds {str(state)[:_SHOWN]}")
+    except (OSError, ValueError) as exc:
         raise ConfigError(
             f"{str(path)!r} is no program saved as JSON: {exc}. Save it with program.save('x.json')."
         ) from exc

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 
 import dspy
@@ -90,6 +91,16 @@ def test_a_share_caps_a_source_and_leaves_the_rest_to_the_others():
     assembled = assembler(greedy, fixed("other", "d d d d"), budget=12)("")
     assert refs(assembled) == ["greedy:1", "greedy:2", "other:1"]
     assert reasons(assembled) == {"greedy:3": "share"}
+
+
+def test_what_fits_to_the_token_is_taken():
+    three = fixed("a", "x", "y", "z")  # "[a:1] x" has 7 characters
+    assert refs(assembler(three, budget=7, count_tokens=len)("")) == ["a:1"]
+    assert refs(assembler(three, budget=23, count_tokens=len)("")) == ["a:1", "a:2", "a:3"]
+    assembled = assembler(three, budget=22, count_tokens=len)("")
+    assert (assembled.tokens, assembled.left_out[0].detail) == (15, "8 tokens, 7 left of the budget")
+    whole = fixed("a", "x " * 28, share=0.29)  # 100 * 0.29 is 28.999999999999996
+    assert refs(assembler(whole, budget=100)("")) == ["a:1"]
 
 
 def test_no_item_can_write_the_mark_of_another_source():
@@ -396,6 +407,11 @@ def test_glossary_gives_whole_words_in_any_case_longest_first():
     assert asked("Interest rates and separate pirates").text == ""
     assert asked("interest-free rate").text == "[glossary:Rate] Rate: r"
     assert assembler(Glossary({}))("anything").text == ""
+    for form in ("NFC", "NFD"):
+        keystone = Glossary({unicodedata.normalize(form, "cl\u00e9 de vo\u00fbte"): "keystone"})
+        assert all(
+            list(keystone.items(unicodedata.normalize(each, "une cl\u00e9 de vo\u00fbte ?"))) for each in ("NFC", "NFD")
+        )
 
 
 @given(

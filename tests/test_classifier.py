@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dspy_lora.detection import classifier as domain_classifier
 from dspy_lora.detection.calibration import make_eager
 from dspy_lora.detection.classifier import PACKAGED, DomainClassifier
 from dspy_lora.detection.ngrams import LONGEST, ngrams
@@ -191,6 +192,26 @@ def test_a_domain_is_added_without_the_old_texts(wary, tmp_path, loaded):
     assert accuracy(more) >= 0.93
     assert more.choose("she opened the window, number 41").domain is None
     assert more.trained_on["law"] == "60 texts"
+
+
+def test_no_row_is_calibrated_on_after_a_class_was_trained_on_it(wary, monkeypatch):
+    trained, counts, fit_one_more, calibrated = [], [], domain_classifier.fit_one_more, domain_classifier.calibrated
+
+    def fit(model, rows, labels, seed):
+        trained.extend(rows)
+        return fit_one_more(model, rows, labels, seed)
+
+    def calibrate(record, model, rows, labels):
+        counts.append((len(rows), sum(row is each for row in rows for each in trained)))
+        return calibrated(record, model, rows, labels)
+
+    monkeypatch.setattr(domain_classifier, "fit_one_more", fit)
+    monkeypatch.setattr(domain_classifier, "calibrated", calibrate)
+    grown = wary
+    for number, count in enumerate((31, 41, 12)):
+        grown = grown.add(f"domain {number}", sentences([f"{number}{letter}" for letter in "abcdefgh"], count, number))
+    assert [both for _, both in counts] == [0, 0, 0]
+    assert all(rows >= 16 for rows, _ in counts)
 
 
 def test_domains_are_added_by_description_one_after_another(classifier):

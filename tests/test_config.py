@@ -5,8 +5,9 @@ import sys
 
 import dspy
 import pytest
+from dspy.utils import DummyLM
 
-from dspy_lora.config import PACKAGED, load_config
+from dspy_lora.config import PACKAGED, DomainSection, load_config
 from dspy_lora.errors import ConfigError, UnknownDomainError
 
 DOMAINS = [
@@ -186,6 +187,13 @@ def test_an_empty_variable_counts_as_not_set(user_file, monkeypatch):
         ("domains:\n  legal:\n    output_field: text\n", 2, ["domains.legal", "both 'text'"]),
         ("domains:\n  legal:\n    output_field: a b\n", 3, ["domains.legal.output_field", "identifier"]),
         ("domains:\n  ../x:\n    task: a\n", 2, ["../x"]),
+        ("domains:\n  a:\n    task: a\n    input_field: demos\n", 4, ["domains.a.input_field", "dspy.Predict takes"]),
+        ("domains:\n  a:\n    task: a\n    input_field: lm\n", 4, ["domains.a.input_field", "another name"]),
+        ("domains:\n  a:\n    task: a\n    output_field: instructions\n", 4, ["output_field", "DSPy keeps"]),
+        ("domains:\n  a:\n    task: a\n    output_field: _x\n", 4, ["domains.a.output_field", "DSPy keeps '_x'"]),
+        ("domains:\n  all:\n    task: a\n", 2, ["domains.all", "stands for something else"]),
+        ("domains:\n  none:\n    task: a\n", 2, ["domains.none", "another name"]),
+        ("serving:\n  max_lora_rank: true\n", 2, ["serving.max_lora_rank = True", "a number is needed"]),
         ("lora:\n  r: true\n", 2, ["lora.r = True"]),
         ("lora:\n  r: 0\n", 2, ["lora.r = 0", "greater than 0"]),
         ("lora:\n  r: 16.5\n", 2, ["lora.r = 16.5"]),
@@ -215,6 +223,20 @@ def test_all_mistakes_are_named_at_once(user_file):
         load_config()
 
 
+def test_field_names_that_are_allowed_work_in_dspy():
+    section = {"task": "Do it.", "input_field": "model_number", "output_field": "demos"}
+    config = load_config().model_copy(update={"domains": {"parts": DomainSection(**section)}})
+    with dspy.context(lm=DummyLM([{"demos": "done"}])):
+        assert dspy.Predict(config.domain("parts").signature())(model_number="7").demos == "done"
+
+
+@pytest.mark.parametrize("text", ["task: 2024-13-45", "r: 0b_", "r: !!int ''", "r: !!timestamp x", "r: !!bool x"])
+def test_a_value_that_yaml_takes_for_another_kind_is_named(user_file, text):
+    user_file(f"domains:\n  legal:\n    {text}\n")
+    with pytest.raises(ConfigError, match=r"lora_config\.yaml is not YAML: .* cannot be read.* in quotes.* line 3"):
+        load_config()
+
+
 @pytest.mark.parametrize("text", ["a: [1", "- a\n", "just words", "a: !!python/object:os.system {}\n"])
 def test_what_is_no_settings_file_is_refused(user_file, text):
     user_file(text)
@@ -235,6 +257,8 @@ def test_a_missing_file_is_refused(tmp_path):
         ("DSPY_LORA_BASE_MODLE", "x", "Did you mean 'base_model'"),
         ("DSPY_LORA_SERVING__MAX_LORAS", "many", "serving.max_loras = 'many'"),
         ("DSPY_LORA_SERVING__MAX_LORAS", "[", "not YAML"),
+        ("DSPY_LORA_TRAINING__SEED", "2024-13-45", "not YAML"),
+        ("DSPY_LORA_DOMAINS__BASE__TASK", "a", "stands for something else"),
         ("DSPY_LORA_SERVING__DTYPE", "float17", "Did you mean 'float16'"),
     ],
 )

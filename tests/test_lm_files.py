@@ -180,9 +180,11 @@ def test_load_takes_a_plain_lm_beside_a_loralm(make_lm, tmp_path):
     assert program.first.lm.domain == "legal" and program.second.lm.model == "openai/gpt-4o-mini"
 
 
-def test_load_refuses_what_is_no_json(tmp_path):
+@pytest.mark.parametrize("content", [b"\x80\x04pickle", b"[]", b"5", b"null", None])
+def test_load_refuses_what_is_no_program(tmp_path, content):
     path = tmp_path / "program.json"
-    path.write_bytes(b"\x80\x04pickle")
+    if content is not None:
+        path.write_bytes(content)
     with pytest.raises(ConfigError, match="is no program saved as JSON"):
         dspy_lora.load(Pair(), path)
 

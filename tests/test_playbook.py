@@ -205,6 +205,22 @@ def test_bullets_that_say_the_same_become_one_and_others_stay():
     assert playbook.refine() == 0
 
 
+def test_marks_that_change_what_a_rule_says_keep_bullets_apart():
+    playbook = Playbook()
+    for pair in (
+        "If the score is < 0.5, answer A. | If the score is > 0.5, answer A.",
+        "The label is C | The label is C++ | The label is C#",
+        "A change of -5 % is a loss | A change of +5 % is a loss",
+        "Take .5 | Take 5 | Take 5 %",
+        "Keep a = b | Keep a != b | Keep a == b",
+        "Split at `,`. | Split at `;`. | Split at `.`.",
+    ):
+        playbook.apply([Add(section="Rules", text=text) for text in pair.split(" | ")])
+    assert playbook.refine() == 0
+    playbook.apply([Add(section="Rules", text=text) for text in ("Answer A!", "answer 'a'.", "\u201cANSWER A\u201d")])
+    assert playbook.refine() == 2
+
+
 def test_an_embedder_finds_what_says_the_same_in_other_words():
     vectors = {"Be brief.": [1.0, 0.0], "Keep it short.": [0.99, 0.1], "Cite sources.": [0.0, 2.0]}
     playbook = Playbook()
@@ -335,23 +351,31 @@ def added(text):
     return [Add(section="Rules", text=text)]
 
 
-def test_two_that_learn_into_one_file_lose_nothing_of_each_other(tmp_path):
-    file = tmp_path / "playbook.md"
+@pytest.mark.parametrize("path", ["playbook.md", "folder/../playbook.md", "link.md", "linked/playbook.md"])
+def test_two_that_learn_into_one_file_lose_nothing_of_each_other(tmp_path, path):
+    file, path = tmp_path / "playbook.md", tmp_path / path
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link.md").symlink_to("playbook.md")
+    (tmp_path / "linked").symlink_to(tmp_path)
     full().save(file)
-    one, other = Playbook.load(file), Playbook.load(file)
+    one, other = Playbook.load(file), Playbook.load(path)
     a, b, c, d = IDS[:4]
     one.apply([*added("mine"), Update(id=a, helpful=2), Merge(ids=(b, c), text="both")])
     other.apply([*added("yours"), Update(id=a, helpful=3, harmful=1), Update(id=c, helpful=1), Remove(id=d)])
     assert not one.save(file)
     assert other.save(file)
-    assert Playbook.load(file).render() == other.render()
+    assert Playbook.load(path).render() == other.render()
     assert {"mine", "yours", "both"} <= {bullet.text for bullet in other.bullets}
     assert (other[a].helpful, other[a].harmful) == (5, 1)
     assert other[b] is other[c]
     assert other[c].helpful == 1
     assert other[d].removed
-    assert one.save(file)
-    assert one.render() == other.render()
+    assert one.save(path)
+    assert one.render() == other.render() == file.read_text()
+    assert (tmp_path / "link.md").is_symlink()
+    shared = Playbook()
+    shared.share(path)
+    assert shared.save(file)
 
 
 def test_only_what_was_done_since_the_last_save_is_brought_in(tmp_path):

@@ -221,7 +221,7 @@ def test_names_that_are_no_names(registry, make, tmp_path, name):
     assert {name for name in files(tmp_path) if not name.startswith("adapter-1")} == set(before)
 
 
-@pytest.mark.parametrize("name", ["all", "auto", "base"])
+@pytest.mark.parametrize("name", ["all", "auto", "base", "none"])
 def test_a_word_that_stands_for_something_else_is_no_new_name(registry, make, name):
     with pytest.raises(AdapterError, match=f"{name!r} cannot be an adapter's name: it stands for something else"):
         registry.publish(make(1), name)

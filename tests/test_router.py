@@ -7,12 +7,10 @@ import dataclasses
 import json
 
 import dspy
-import pydantic
 import pytest
 from dspy.utils import DummyLM
 
-from dspy_lora import route_command
-from dspy_lora.config import DomainSection, load_config
+from dspy_lora import cli, route_command
 from dspy_lora.detection.classifier import DomainClassifier
 from dspy_lora.errors import ConfigError, DataError, UnknownAdapterError
 from dspy_lora.lm import LoRALM
@@ -498,15 +496,11 @@ def route(capsys):
 
 @pytest.fixture
 def own_domains(tmp_path, monkeypatch):
-    """Three configured domains: two with rows, in a column of another name for one, and one with a task alone."""
+    """Three domains of a user: two with rows, in a column of another name for one, and one with a task alone."""
     domains = {"garden": {"input_field": "query", "data": "plants"}, "kitchen": {"data": "food"}, "harbour": {}}
     tasks = {name: {"task": ABOUT[name], **rest} for name, rest in domains.items()}
-    packaged = load_config()
-    monkeypatch.setattr(
-        route_command,
-        "load_config",
-        lambda path: packaged.model_copy(update={"domains": Sections.validate_python(tasks)}),
-    )
+    (tmp_path / "lora_config.yaml").write_text(json.dumps({"domains": tasks}))
+    monkeypatch.chdir(tmp_path)
     for name, folder, field in (("garden", "plants", "query"), ("kitchen", "food", "text")):
         (tmp_path / folder).mkdir()
         words = ABOUT[name].split(", ")
@@ -514,9 +508,6 @@ def own_domains(tmp_path, monkeypatch):
         for split in ("train", "test"):
             (tmp_path / folder / f"{split}.jsonl").write_text("\n".join(rows))
     return tmp_path
-
-
-Sections = pydantic.TypeAdapter(dict[str, DomainSection])
 
 
 def test_route_prints_a_choice_for_each_query(route):
@@ -527,8 +518,10 @@ def test_route_prints_a_choice_for_each_query(route):
 
 def test_route_trains_saves_and_measures(route, own_domains):
     saved = own_domains / "mine"
-    printed = route("--train", str(saved), "--evaluate", "--data-root", str(own_domains), HARBOUR)
+    own = ("--domain", *reversed(ABOUT))
+    printed = route(HARBOUR, "--train", str(saved), *own, "--evaluate", "--data-root", str(own_domains))
     assert "harbour: a description" in printed
+    assert DomainClassifier.load(saved).domains == ("kitchen", "garden", "harbour")
     assert f"harbour\t{HARBOUR}" in printed
     (accuracy,) = [line.split()[1] for line in printed.splitlines() if line.startswith("accuracy")]
     assert float(accuracy) >= 0.97
@@ -544,8 +537,24 @@ def test_route_needs_something_to_do(route):
         route("--evaluate")
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--evaluate", "--answers", "-1"], "--answers -1: rows"),
+        (["--evaluate", "--growth", "20", "1"], "--growth 1: a classifier"),
+        (["--evaluate", "--domain", "garden"], "--domain garden says what to train on: give --train"),
+        (["--train", "mine", "--domain", "garden", "kitchn"], "Did you mean 'kitchen'"),
+    ],
+)
+def test_route_refuses_flags_before_it_works(capsys, own_domains, words, message):
+    assert cli.main(["route", *words, "--data-root", "."]) == 2
+    out, error = capsys.readouterr()
+    assert (out, error.count("\n")) == ("", 1)
+    assert message in error
+
+
 def test_a_missed_bar_is_shown(route, own_domains):
-    route("--train", str(own_domains / "mine"), "--data-root", str(own_domains))
+    route("--train", str(own_domains / "mine"), "--domain", "garden", "kitchen", "--data-root", str(own_domains))
     printed = route(
         "--classifier", str(own_domains / "mine"), "--evaluate", "--data-root", str(own_domains), "--threshold", "1.1"
     )

@@ -12,14 +12,12 @@ from dspy_lora.adapters.base import Base
 from dspy_lora.adapters.checks import METADATA_FILE, WEIGHTS_FILE
 from dspy_lora.adapters.disk import copy, write
 from dspy_lora.adapters.peft_config import CONFIG_FILE, read_json
+from dspy_lora.config import TAKEN
 from dspy_lora.errors import AdapterError, UnknownAdapterError
 
 RECORD_FILE = "revision.json"
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 REVISION = re.compile(r"[0-9a-f]{12}")
-# Words that stand for something else where an adapter's name may stand: LoRALM's choice call by call, every adapter of
-# `dspy-lora serve` and `train`, the model without an adapter in `dspy-lora evaluate --irt`.
-TAKEN = ("all", "auto", "base")
 NAME_RULE = "A name has 1 to 64 lower-case letters, digits, '_' and '-', the first a letter or a digit."
 
 # What goes along with an adapter; nothing else in its folder is copied (training state, optimizer pickles).

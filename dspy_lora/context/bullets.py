@@ -10,6 +10,12 @@ import numpy as np
 
 Embed = Callable[[list[str]], Any]  # texts to vectors, [texts, dimensions]
 
+# Marks at the end of a sentence or of a part of one, not those of "0.5", "a != b" and "split at `,`"; quotes at a word.
+_MARKS = re.compile(r"(?<=\S)[.,;:!?\u2026\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f]+(?=[\s)\]]|$)")
+_QUOTE = "[\"'`\u00ab\u00b4\u00bb\u2018-\u201f\u2039\u203a]"
+_QUOTES = re.compile(rf"(?<=\w){_QUOTE}|{_QUOTE}(?=\w)")
+_PART = re.compile(r"\w+|[^\w\s]")
+
 
 @dataclass(frozen=True)
 class Bullet:
@@ -61,12 +67,17 @@ def by_section(bullets: Iterable[Bullet]) -> Iterator[tuple[str, list[Bullet]]]:
     yield from found.items()
 
 
+def _plain(text: str) -> str:
+    """A text without case, quotes, sentence marks and blanks. Other marks stay: "C" and "C++", "-5" and "+5" differ."""
+    return " ".join(_PART.findall(_MARKS.sub(" ", _QUOTES.sub("", text.casefold()))))
+
+
 def alike(bullets: Sequence[Bullet], embed: Embed | None, threshold: float) -> list[list[Bullet]]:
     """Bullets that say the same as the first of their group."""
     if embed is None:
         same: dict[str, list[Bullet]] = {}
         for bullet in bullets:
-            same.setdefault(" ".join(re.findall(r"\w+", bullet.text.casefold())) or bullet.text, []).append(bullet)
+            same.setdefault(_plain(bullet.text) or bullet.text, []).append(bullet)
         return list(same.values())
     vectors = np.asarray(embed([bullet.text for bullet in bullets]), dtype=float)
     vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

@@ -8,6 +8,7 @@ Operations on different bullets commute, and so do additions, counts and merges 
 stays. Inside a batch the order never matters.
 """
 
+import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -182,7 +183,7 @@ class Playbook(Parameter):
 
         Args:
             embed: Takes texts to vectors (``dspy.Embedder`` does). Without it two bullets say the same where they are
-                equal but for case, punctuation and spaces: words alone cannot tell "answer A1" from "answer A2".
+                equal but for case, quotes, sentence marks and spaces: words cannot tell "answer A1" from "answer A2".
             threshold: Least cosine of two vectors that say the same.
 
         Returns:
@@ -242,11 +243,12 @@ class Playbook(Parameter):
     def save(self, path: str | Path) -> bool:
         """Writes the Markdown file in one step.
 
-        Playbooks of any threads and processes may learn into one file. Where another was saved there since this one
-        read or wrote it, all operations that this one carried out meanwhile are carried out on what is there now, and
-        that becomes this playbook too: additions, counts, merges and removals of both stay; of two new texts for one
-        bullet the one saved last does; operations on bullets that the file has lost are left out. A playbook that
-        never read or wrote the file, or was reset or loaded another state since, replaces what is there.
+        Playbooks of any threads and processes may learn into one file, by any of its paths (a link stays one). Where
+        another was saved there since this one read or wrote it, all operations that this one carried out meanwhile are
+        carried out on what is there now, and that becomes this playbook too: additions, counts, merges and removals of
+        both stay; of two new texts for one bullet the one saved last does; operations on bullets that the file has lost
+        are left out. A playbook that never read or wrote the file, or was reset or loaded another state since, replaces
+        what is there.
 
         Returns:
             Whether what another one had saved came in.
@@ -255,7 +257,7 @@ class Playbook(Parameter):
             DataError: The file there is no playbook, or was edited by hand since: it is left as it is.
             PublishError: The disk refused; the file and this playbook are as they were.
         """
-        path = Path(path)
+        path = _file(path)
         what = f"save {path.name!r}"
         with self._lock, writing(what, path.parent), staging(path.parent) as hidden, lock(path.parent):
             newer = self._newer(path)
@@ -264,19 +266,19 @@ class Playbook(Parameter):
             (hidden / path.name).replace(path)
             if newer is not None:
                 self._become(newer)
-            self._shared[path.absolute()] = _Shared(text)
+            self._shared[path] = _Shared(text)
             return newer is not None
 
     def share(self, path: str | Path) -> None:
         """Learns into a file from now on: where there is one by the time of ``save``, it is not replaced."""
         with self._lock:
-            self._shared[Path(path).absolute()] = _Shared("")
+            self._shared[_file(path)] = _Shared("")
 
     def _newer(self, path: Path) -> "Playbook | None":
         """What another playbook left in a file, with what this one did since; None where there is no such thing."""
         if not path.exists():
             return None
-        text, file = self._replaceable(path), self._shared.get(path.absolute())
+        text, file = self._replaceable(path), self._shared.get(path)
         if file is None or file.text == text:
             return None
         newer = Playbook.parse(text, repr(str(path)))
@@ -307,7 +309,7 @@ class Playbook(Parameter):
             raise DataError(f"cannot read the playbook {str(path)!r}: {exc}.") from exc
         playbook = cls.parse(text, repr(str(path)))
         playbook._read = text
-        playbook._shared[Path(path).absolute()] = _Shared(text)
+        playbook._shared[_file(path)] = _Shared(text)
         return playbook
 
     # -- as a part of a program ------------------------------------------------------------------------------------
@@ -360,6 +362,14 @@ class Playbook(Parameter):
 
     def __repr__(self) -> str:
         return f"Playbook(version={self.version}, bullets={len(self)}, removed={len(self.removed)})"
+
+
+def _file(path: str | Path) -> Path:
+    """The file that a path means, by one name however it is spelled: without links, ``..`` and the working directory.
+
+    Not ``Path.resolve``, which raises RuntimeError for links in a circle; opening one is an OSError.
+    """
+    return Path(os.path.realpath(path))
 
 
 def _backwards(id: str) -> list[int]:

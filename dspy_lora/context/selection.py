@@ -1,5 +1,6 @@
 """Which items get the room there is, each whole or not at all."""
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ _SENTENCE_END = re.compile(r"(?<=[.!?]) |(?<=[。！？]) ?")  # noqa: RUF001 - 
 _LIST_MARK = re.compile(r"^[-*•]\s+")
 _END_MARKS = ".!。！"  # noqa: RUF001 - not "?": a question says something else than the sentence
 
+_ROUNDING = 1e-9  # tokens; 100 * 0.29 is less than 29
+
 Why = Literal["duplicate", "budget", "share", "failed", "slow"]
 
 
@@ -24,7 +27,7 @@ class Placed:
         source: Its source's name.
         identity: What it is called there.
         text: What it says, without its mark.
-        tokens: Tokens of its lines in the text, mark and line end included.
+        tokens: Tokens of its lines in the text, mark included, and line end for all but the first that was taken.
     """
 
     source: str
@@ -77,7 +80,7 @@ class Selection:
 
     def offer(self, source: Source, items: list[Item]) -> None:
         """Takes of a source's items what fits."""
-        room = int(self._budget * source.share)
+        room = math.floor(self._budget * source.share + _ROUNDING)
         full: LeftOut | None = None
         for item in items:
             if full is not None:
@@ -120,7 +123,8 @@ class Selection:
             if containment(said, others) >= self._near:
                 detail = f"{other.source}:{other.identity} says it already"
                 return LeftOut(source.name, item.identity, "duplicate", detail, item.text)
-        tokens = self._count(self._lines(source.name, item.identity, item.text) + "\n")
+        lines = self._lines(source.name, item.identity, item.text)
+        tokens = self._count(lines + "\n" if self._taken else lines)  # the text has one line end less than items
         if tokens > min(room, self._room):
             why: Why = "budget" if tokens > self._room else "share"
             left = self._room if why == "budget" else room

@@ -1,6 +1,7 @@
 """Where context comes from: a source has a name, a rank, and gives the items that it has for a query."""
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -130,9 +131,9 @@ class Passages(Source):
 class Glossary(Source):
     """The entries whose term occurs in the query, longest term first.
 
-    A term occurs where its words stand in the query in one run, in any case: "interest rate" occurs in "What INTEREST
-    RATE applies?", but not in "Which interest rates?" nor in "an interest-free rate". Words are runs of letters and
-    digits; every other mark counts as a word.
+    A term occurs where its words stand in the query in one run, in any case and Unicode form: "interest rate" occurs in
+    "What INTEREST RATE applies?", but not in "Which interest rates?" nor in "an interest-free rate". Words are runs of
+    letters and digits; every other mark counts as a word.
 
     Args:
         terms: Meaning by term. It is copied.
@@ -228,7 +229,7 @@ def _look_up(entries: Mapping[tuple[str, ...], list[Item]], query: str) -> list[
 
 
 def _words(text: str) -> tuple[str, ...]:
-    return tuple(_WORD.findall(text.casefold()))
+    return tuple(_WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
 
 
 def _turns(history: "dspy.History | Sequence[Mapping[str, Any]]", last: int | None, query: str) -> Iterator[Item]:

@@ -267,8 +267,7 @@ class DomainClassifier:
         held = held_out(np.zeros(len(new), np.int64), seed)
         rows = [*self._memory.rows, *new]
         labels = np.concatenate([old_labels, np.full(len(new), place)])
-        # Every other remembered row is kept from training, to calibrate on.
-        out = np.concatenate([self._memory.held & (np.arange(len(old_labels)) % 2 == 1), held])
+        out = np.concatenate([self._memory.kept_out(), held])
         model = self._with_class(place, where(rows, ~out), labels[~out], seed)
         if held.sum() < FEWEST_TO_HOLD_OUT:
             make_eager(model, place, where(rows, out & (labels != place)))

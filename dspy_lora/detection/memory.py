@@ -20,9 +20,9 @@ class Memory:
     """Some rows of every class, from which a later domain learns what it is not.
 
     Attributes:
-        rows: The rows, as trained on.
+        rows: The rows, as trained on, class after class.
         labels: Their classes.
-        held: Which of them no weight was trained on.
+        held: Which of them were held out when their class was trained; they stand first in it.
     """
 
     rows: list[Row]
@@ -37,6 +37,14 @@ class Memory:
             lengths = np.array([len(row.columns) for row in self.rows], np.int32)
             return kept | {"lengths": lengths, "columns": joined.astype(np.uint16 if bits <= 16 else np.uint32)}
         return kept | {"vectors": np.stack([row.values for row in self.rows]).astype(np.float16)}
+
+    def kept_out(self) -> NDArray[np.bool_]:
+        """Every other held-out row of each class, which no later class is trained on either.
+
+        A row keeps its place in its class as classes are added, so it is always one of these or never.
+        """
+        place = np.arange(len(self.labels)) - np.searchsorted(self.labels, self.labels)
+        return self.held & (place % 2 == 0)
 
     @classmethod
     def of(cls, arrays: Mapping[str, NDArray[Any]], bits: int, scale: Floats) -> "Memory":
