@@ -14,6 +14,7 @@ from typing import Literal
 
 import dspy
 from dspy_lora.optimizers.ace import ACE
+from options import positive
 
 from dspy_lora import LoRALM
 from dspy_lora.seedling.rules import apply_rules, make_rules
@@ -28,18 +29,18 @@ def task(seed: int, count: int) -> tuple[type[dspy.Signature], list[dspy.Example
         count: How many rows.
 
     Returns:
-        The signature, which names the labels and no rule, and the rows.
+        The signature, which names the labels and no rule, and the rows, no text twice.
     """
     rng, texts = Random(seed), Texts()
     rules = make_rules(rng, "heldout", texts, "text", "label", fewest=4, most=4, top=2)
     rules.ordered = False
     signature = dspy.Signature({"text": (str, dspy.InputField())}, "Label the text.")
     signature = signature.append("label", dspy.OutputField(), Literal[tuple(rules.labels)])
-    rows = []
-    for _ in range(count):
+    rows: dict[str, dspy.Example] = {}
+    while len(rows) < count:
         text, label, _ = apply_rules(rng, "heldout", texts, rules, "text", "label")
-        rows.append(dspy.Example(text=text, label=label).with_inputs("text"))
-    return signature, rows
+        rows[text] = dspy.Example(text=text, label=label).with_inputs("text")
+    return signature, list(rows.values())
 
 
 def metric(gold: dspy.Example, pred: dspy.Prediction, trace: object = None) -> dspy.Prediction:
@@ -63,10 +64,10 @@ def score(program: dspy.Module, rows: list[dspy.Example], threads: int) -> float
 def main() -> None:
     """Learns one playbook a seed and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--train", type=int, default=120, help="rows to learn from")
-    parser.add_argument("--test", type=int, default=100, help="held-out rows")
-    parser.add_argument("--threads", type=int, default=16)
+    parser.add_argument("--seeds", type=positive, default=3)
+    parser.add_argument("--train", type=positive, default=120, help="rows to learn from")
+    parser.add_argument("--test", type=positive, default=100, help="held-out rows")
+    parser.add_argument("--threads", type=positive, default=16)
     parser.add_argument("--save", help="where the last seed's playbook goes, as Markdown")
     args = parser.parse_args()
     dspy.configure(lm=LoRALM("seedling", max_tokens=32, cache=False))

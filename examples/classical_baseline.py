@@ -19,6 +19,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.pipeline import Pipeline, make_pipeline
 
+from dspy_lora.errors import DataError, near
+from dspy_lora.training.data import read_rows
+from dspy_lora.training.rendering import comparable
+
 INVERSE_REGULARISATION = (1.0, 10.0, 100.0)  # C of the logistic regression, chosen on the dev rows
 
 
@@ -28,6 +32,21 @@ class Rows:
 
     texts: list[str]
     labels: list[str]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The rows of one set."""
+
+    train: Rows
+    dev: Rows
+    test: Rows
+
+    @classmethod
+    def read(cls, folder: Path, most: int | None = None) -> "Splits":
+        """Reads a folder's train.jsonl, dev.jsonl and, with at most ``most`` rows, the first ones, test.jsonl."""
+        train, dev, test = (read(folder / f"{split}.jsonl") for split in ("train", "dev", "test"))
+        return cls(train, dev, Rows(test.texts[:most], test.labels[:most]))
 
 
 @dataclass(frozen=True)
@@ -44,8 +63,8 @@ class Score:
 
 def read(path: Path) -> Rows:
     """Reads one split from a JSON-lines file."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return Rows([row["text"] for row in rows], [row["label"] for row in rows])
+    rows = read_rows(path)
+    return Rows([row["text"] for row in rows], [comparable(row["label"]) for row in rows])
 
 
 def fit(train: Rows, c: float) -> Pipeline:
@@ -54,20 +73,18 @@ def fit(train: Rows, c: float) -> Pipeline:
     return make_pipeline(vectorizer, LogisticRegression(C=c, max_iter=1000)).fit(train.texts, train.labels)
 
 
-def measure(domain: str, name: str, folder: Path, most: int | None = None) -> Score:
+def measure(domain: str, name: str, splits: Splits) -> Score:
     """Chooses C on the dev rows and scores that model, and the training rows' most frequent label, on the test rows.
 
     Args:
         domain: The domain.
         name: Its set.
-        folder: Where the set's rows are.
-        most: Test rows at most, the first ones.
+        splits: The set's rows.
 
     Returns:
         The scores; macro-F1 is the mean over the labels of the test rows.
     """
-    train, dev, test = (read(folder / f"{split}.jsonl") for split in ("train", "dev", "test"))
-    test = Rows(test.texts[:most], test.labels[:most])
+    train, dev, test = splits.train, splits.dev, splits.test
     models = {c: fit(train, c) for c in INVERSE_REGULARISATION}
     c = max(models, key=lambda c: accuracy_score(dev.labels, models[c].predict(dev.texts)))
     predicted = models[c].predict(test.texts)
@@ -82,15 +99,39 @@ def measure(domain: str, name: str, folder: Path, most: int | None = None) -> Sc
     )
 
 
+def override(word: str) -> tuple[str, str]:
+    """Takes ``DOMAIN=NAME`` apart.
+
+    Raises:
+        argparse.ArgumentTypeError: It is something else.
+    """
+    domain, sign, name = word.partition("=")
+    if not sign:
+        raise argparse.ArgumentTypeError(f"{word!r} is no DOMAIN=NAME, like legal=cuad")
+    return domain, name
+
+
 def chosen_sets(root: Path, domains: list[str], overrides: dict[str, str]) -> list[tuple[str, str]]:
-    """Lists (domain, set name): the primary set of each domain or the one asked for, without generative sets."""
+    """Lists (domain, set name): the primary set of each domain or the one asked for, without generative sets.
+
+    Raises:
+        DataError: The manifest has no such domain or set, or only generative sets were asked for.
+    """
     manifest = json.loads((root / "manifest.json").read_text(encoding="utf-8"))
+    for domain in (*domains, *overrides):
+        known = {entry["name"] for entry in manifest if entry["domain"] == domain}
+        if not known:
+            raise DataError(f"no domain {domain!r} in the manifest. {near(domain, {e['domain'] for e in manifest})}")
+        if domain in overrides and overrides[domain] not in known:
+            raise DataError(f"no set {overrides[domain]!r} of {domain!r} in it. {near(overrides[domain], known)}")
     chosen = []
     for entry in manifest:
         domain, name = entry["domain"], entry["name"]
         wanted = name == overrides[domain] if domain in overrides else entry["primary"]
         if wanted and entry["labels"] is not None and (not domains or domain in domains):
             chosen.append((domain, name))
+    if not chosen:
+        raise DataError("the sets asked for have texts to produce, not labels. Name others with --domain or --set.")
     return chosen
 
 
@@ -100,13 +141,16 @@ def main() -> None:
     parser.add_argument("--data-root", type=Path, required=True)
     parser.add_argument("--domain", action="append", default=[], help="only this domain (may be repeated)")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="DOMAIN=NAME", help="a set other than the primary"
+        "--set", type=override, action="append", default=[], metavar="DOMAIN=NAME", help="a set other than the primary"
     )
     args = parser.parse_args()
-    overrides = dict(item.split("=", 1) for item in args.set)
+    try:
+        sets = chosen_sets(args.data_root, args.domain, dict(args.set))
+    except DataError as exc:
+        parser.error(str(exc))
     print(f"{'domain':<18} {'set':<20} {'exact match':>11} {'macro-F1':>9} {'majority':>9} {'C':>5}")
-    for domain, name in chosen_sets(args.data_root, args.domain, overrides):
-        score = measure(domain, name, args.data_root / domain / name)
+    for domain, name in sets:
+        score = measure(domain, name, Splits.read(args.data_root / domain / name))
         print(
             f"{domain:<18} {name:<20} {score.exact_match:>11.3f} {score.macro_f1:>9.3f} {score.majority:>9.3f} "
             f"{score.c:>5.0f}",

@@ -12,17 +12,19 @@ classical_baseline.py); sets whose labels are texts to produce have none. Needs 
 import argparse
 import json
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
 import dspy
-from classical_baseline import Rows, measure, read
-from dspy.utils.exceptions import AdapterParseError
+from classical_baseline import Splits, measure
+from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError
+from options import output_file, positive
 from sklearn.metrics import accuracy_score, f1_score
 
 from dspy_lora import LoRALM, load_config
+from dspy_lora.adapters.registry import PACKAGED_ROOT
+from dspy_lora.evaluation.answers import THREADS, side_by_side
+from dspy_lora.training.rendering import comparable
 
 MOST_LABELS = 200  # a set with more different labels is taken for a generative one
 
@@ -35,31 +37,24 @@ def program(domain: str, lm: dspy.LM) -> dspy.Predict:
 
 
 def answer(predict: dspy.Predict, text: str) -> str:
-    """The label for a text; "" where DSPy cannot parse one out of the answer."""
+    """The label for a text; "" where DSPy cannot parse one out of the answer, or the prompt exceeds the context."""
     try:
-        return str(predict(text=text).label).strip()
-    except AdapterParseError:
+        return comparable(predict(text=text).label)
+    except (AdapterParseError, ContextWindowExceededError):
         return ""
 
 
-def answers(asked: list[tuple[dspy.Predict, str]], threads: int = 128) -> list[str]:
-    """Asks every program its text, side by side."""
-    with dspy.context(adapter=dspy.ChatAdapter(use_json_adapter_fallback=False)), ThreadPoolExecutor(threads) as pool:
-        waiting = [pool.submit(copy_context().run, answer, predict, text) for predict, text in asked]
-        return [each.result() for each in waiting]
-
-
-def scores(domain: str, folder: Path, test: Rows, adapter: list[str], base: list[str]) -> dict[str, Any]:
+def scores(domain: str, name: str, splits: Splits, adapter: list[str], base: list[str]) -> dict[str, Any]:
     """One row of the table, as shares of one."""
-    row: dict[str, Any] = {"domain": domain, "set": folder.name, "rows": len(test.labels)}
-    for name, given in (("adapter", adapter), ("base", base)):
-        row[name] = accuracy_score(test.labels, given)
-        row[f"{name}_f1"] = f1_score(
+    train, test = splits.train, splits.test
+    row: dict[str, Any] = {"domain": domain, "set": name, "rows": len(test.labels)}
+    for system, given in (("adapter", adapter), ("base", base)):
+        row[system] = accuracy_score(test.labels, given)
+        row[f"{system}_f1"] = f1_score(
             test.labels, given, average="macro", labels=sorted(set(test.labels)), zero_division=0.0
         )
-    train = read(folder / "train.jsonl")
     if len(set(train.labels)) <= MOST_LABELS:
-        classical = measure(domain, folder.name, folder, len(test.labels))
+        classical = measure(domain, name, splits)
         row |= {"majority": classical.majority, "classical": classical.exact_match, "classical_f1": classical.macro_f1}
     else:
         [(label, _)] = Counter(train.labels).most_common(1)
@@ -83,24 +78,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", type=Path, required=True)
     parser.add_argument("--domain", nargs="+", help="only these")
-    parser.add_argument("--rows", type=int, help="at most so many test rows of each")
-    parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument("--rows", type=positive, help="at most so many test rows of each")
+    parser.add_argument("--json", type=output_file, help="write the figures there too")
     args = parser.parse_args()
     config = load_config()
     folders = {name: args.data_root / str(config.domain(name).data) for name in args.domain or config.domains}
-    tests = {name: read(folder / "test.jsonl") for name, folder in folders.items()}
-    tests = {name: Rows(rows.texts[: args.rows], rows.labels[: args.rows]) for name, rows in tests.items()}
-    base = LoRALM("seedling", max_tokens=60)
+    sets = {name: Splits.read(folder, args.rows) for name, folder in folders.items()}
+    base = LoRALM("seedling", registry=PACKAGED_ROOT, max_tokens=60)
     asked = []
-    for name, test in tests.items():
+    for name, splits in sets.items():
         for lm in (base.copy(domain=name), base):
-            asked += [(program(name, lm), text) for text in test.texts]
-    given = iter(answers(asked))
+            asked += [(program(name, lm), text) for text in splits.test.texts]
+    with dspy.context(adapter=dspy.ChatAdapter(use_json_adapter_fallback=False)):
+        given = iter(side_by_side(answer, asked, THREADS))
     print(f"{'domain':<17} {'set':<18} {'rows':>5} {'adapter':>15} {'base':>15} {'majority':>9} {'classical':>15}")
     table = []
-    for name, test in tests.items():
-        adapter, alone = ([next(given) for _ in test.texts] for _ in range(2))
-        table.append(scores(name, folders[name], test, adapter, alone))
+    for name, splits in sets.items():
+        adapter, alone = ([next(given) for _ in splits.test.texts] for _ in range(2))
+        table.append(scores(name, folders[name].name, splits, adapter, alone))
         print(line(table[-1]), flush=True)
     if args.json:
         args.json.write_text(json.dumps(table, indent=2) + "\n")

@@ -13,6 +13,7 @@ from typing import Any
 
 import dspy
 from bootstrap_finetune import Triage, metric
+from options import positive
 
 from dspy_lora import LoRALM
 from dspy_lora.training.data import read_rows
@@ -42,6 +43,7 @@ def run(args: argparse.Namespace, seed: int) -> dict[str, float]:
     settings: dict[str, Any] = {"adapter": f"lift-{seed}", "max_steps": args.max_steps, "batch_size": args.batch_size}
     settings |= {"learning_rate": args.learning_rate, "seed": seed, "eval_every": args.max_steps, "eval_rows": 50}
     scores = {"": score(student(lm, args.task), test)}
+    show(seed, "", scores[""])
     for strategy in args.strategies:
         optimizer = dspy.BetterTogether(
             metric=metric,
@@ -61,7 +63,26 @@ def run(args: argparse.Namespace, seed: int) -> dict[str, float]:
         if best.flag_compilation_error_occurred:
             raise SystemExit(f"{strategy}: a step failed, see the log")
         scores[strategy] = score(best, test)
+        show(seed, strategy, scores[strategy])
     return scores
+
+
+def show(seed: int | str, strategy: str, value: float) -> None:
+    """Prints one score."""
+    print(f"{seed:>4}  {strategy or 'base':<14}  {value:>11.1f}", flush=True)
+
+
+def strategy(word: str) -> str:
+    """A strategy of BetterTogether: ``p`` and ``w`` in turn.
+
+    Raises:
+        argparse.ArgumentTypeError: It is none.
+    """
+    if not set(word.split(dspy.BetterTogether.STRAT_SEP)) <= {"p", "w"}:
+        raise argparse.ArgumentTypeError(
+            f"{word!r}: steps are p and w, with ' -> ' between them, like {STRATEGIES[-1]!r}"
+        )
+    return word
 
 
 def student(lm: LoRALM, task: str) -> Triage:
@@ -72,30 +93,26 @@ def student(lm: LoRALM, task: str) -> Triage:
 
 
 def main() -> None:
-    """Prints one line a seed, and the means."""
+    """Prints one line a score, and the means."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="a folder with train.jsonl, dev.jsonl and test.jsonl")
     parser.add_argument("--task", default="Name the intent of the bank customer's message.")
     parser.add_argument("--registry", type=Path, default=Path("adapters"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES))
-    parser.add_argument("--rows", type=int, default=4000)
-    parser.add_argument("--val-rows", type=int, default=100)
-    parser.add_argument("--test-rows", type=int, default=200)
-    parser.add_argument("--max-steps", type=int, default=400)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--strategies", type=strategy, nargs="+", default=list(STRATEGIES))
+    parser.add_argument("--rows", type=positive, default=4000)
+    parser.add_argument("--val-rows", type=positive, default=100)
+    parser.add_argument("--test-rows", type=positive, default=200)
+    parser.add_argument("--max-steps", type=positive, default=400)
+    parser.add_argument("--batch-size", type=positive, default=16)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--demos", type=int, default=3)
     args = parser.parse_args()
 
-    print(f"{'seed':>4}  {'base':>6}" + "".join(f"  {name:>11}" for name in args.strategies), flush=True)
-    all_scores = []
-    for seed in args.seeds:
-        scores = run(args, seed)
-        all_scores.append(scores)
-        print(f"{seed:>4}  {scores['']:>6.1f}" + "".join(f"  {scores[s]:>11.1f}" for s in args.strategies), flush=True)
-    means = [statistics.mean(scores[name] for scores in all_scores) for name in ("", *args.strategies)]
-    print(f"mean  {means[0]:>6.1f}" + "".join(f"  {mean:>11.1f}" for mean in means[1:]))
+    print(f"seed  {'strategy':<14}  exact match", flush=True)
+    all_scores = [run(args, seed) for seed in args.seeds]
+    for name in ("", *args.strategies):
+        show("mean", name, statistics.mean(scores[name] for scores in all_scores))
 
 
 if __name__ == "__main__":

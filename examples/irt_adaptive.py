@@ -15,9 +15,11 @@ import logging
 
 import numpy as np
 from numpy.typing import NDArray
+from options import positive
 from scipy.stats import kendalltau
 
 from dspy_lora import AdapterRegistry, LoRALM
+from dspy_lora.adapters.registry import PACKAGED_ROOT
 from dspy_lora.evaluation import AdaptiveTest, Responses, fit_irt
 from dspy_lora.seedling.bars import ADAPTERS, ask, questions
 from dspy_lora.seedling.rules import rules_task
@@ -28,11 +30,12 @@ DRAWS = 100  # of random items
 
 
 def answers(count: int, seed: int) -> Responses:
-    """Scores of the base model and every adapter on ``count`` tasks, half of them of rules."""
+    """Scores of the bundled base model and its adapters on ``count`` tasks, half of them of rules."""
     asked = [*questions(seed, count // 2), *questions(seed + 1, count - count // 2, rules_task)]
     rows = {}
-    for domain in (None, *(revision.adapter for revision in AdapterRegistry().list())):
-        outcomes = ask(LoRALM(domain=domain, max_tokens=100), ADAPTERS["ChatAdapter"], asked)
+    for domain in (None, *(revision.adapter for revision in AdapterRegistry(PACKAGED_ROOT).list())):
+        lm = LoRALM("seedling", domain=domain, registry=PACKAGED_ROOT, max_tokens=100)
+        outcomes = ask(lm, ADAPTERS["ChatAdapter"], asked)
         rows[domain or "base"] = [float(outcome.right) for outcome in outcomes]
     return Responses.from_matrix(list(rows.values()), tuple(rows))
 
@@ -64,8 +67,8 @@ def _tau(responses: Responses, estimates: Array) -> float:
 def main() -> None:
     """Prints the systems of the first seed, and one line a seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=400, help="tasks a seed (default: 400)")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--count", type=positive, default=400, help="tasks a seed (default: 400)")
+    parser.add_argument("--seeds", type=positive, default=3)
     args = parser.parse_args()
     logging.getLogger("dspy_lora.evaluation.irt").setLevel(logging.ERROR)
     figures = []

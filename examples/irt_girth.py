@@ -14,6 +14,7 @@ import logging
 import girth
 import numpy as np
 from numpy.typing import NDArray
+from options import positive
 
 from dspy_lora.evaluation import fit_irt, simulate
 
@@ -60,7 +61,7 @@ def compare(systems: int, items: int, model: str, seeds: int) -> str:
 def main() -> None:
     """Prints one line a design."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--seeds", type=positive, default=10)
     seeds = parser.parse_args().seeds
     logging.disable(logging.WARNING)
     print(f"{'':18} {'difficulty':>10}{'':20}{'ability':>10}")

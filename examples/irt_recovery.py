@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from options import positive
 from scipy.stats import kendalltau
 
 from dspy_lora.evaluation import AdaptiveTest, IRTFit, Simulated, fit_irt, held_out_fit, simulate
@@ -121,7 +122,7 @@ def adaptive(calibrated: int, seeds: int, items: int = 1000, new: int = 12) -> s
 def main() -> None:
     """Prints the four tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=150, help="matrices a line (default: 150)")
+    parser.add_argument("--seeds", type=positive, default=150, help="matrices a line (default: 150)")
     seeds = parser.parse_args().seeds
     logging.disable(logging.WARNING)  # few systems are meant here
     print(f"RMSE and coverage of 95 % intervals, {seeds} seeds")

@@ -10,17 +10,18 @@ context is the training row most like the query, found by TF-IDF. Each seed draw
 
 import argparse
 import functools
-import json
 import random
 from pathlib import Path
 
 import dspy
+from options import output_file, positive
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from dspy_lora import DomainPipeline, LoRAGEPA, LoRALM, load_config
 from dspy_lora.context.assemble import ContextAssembler
 from dspy_lora.context.sources import Passages
 from dspy_lora.context.tokens import count_tokens_of
+from dspy_lora.training.data import read_rows
 
 TRAINED_ON = 80  # rows of a domain that prompts are evolved on
 
@@ -29,8 +30,7 @@ Rows = list[dspy.Example]
 
 def read(path: Path) -> Rows:
     """The rows of a file."""
-    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return [dspy.Example(text=row["text"], label=row["label"]).with_inputs("text") for row in rows]
+    return [dspy.Example(text=row["text"], label=row["label"]).with_inputs("text") for row in read_rows(path)]
 
 
 def metric(gold, pred, trace=None, pred_name=None, pred_trace=None):  # noqa: ANN001, ANN201
@@ -66,10 +66,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", type=Path, required=True)
     parser.add_argument("--domain", nargs="+", default=["financial", "marketing", "real_estate", "research"])
-    parser.add_argument("--rows", type=int, default=60, help="test rows of each domain")
-    parser.add_argument("--metric-calls", type=int, default=250, help="budget of each domain's prompts")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="write the last seed's figures there")
+    parser.add_argument("--rows", type=positive, default=60, help="test rows of each domain")
+    parser.add_argument("--metric-calls", type=positive, default=250, help="budget of each domain's prompts")
+    parser.add_argument("--seeds", type=positive, default=3)
+    parser.add_argument("--json", type=output_file, help="write the last seed's figures there")
     args = parser.parse_args()
     program, lm = dspy.Predict(dspy.Signature("text -> label", "Give the text's label.")), LoRALM(max_tokens=60)
     folders = {name: args.data_root / str(load_config().domain(name).data) for name in args.domain}

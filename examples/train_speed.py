@@ -16,11 +16,14 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
+
+from options import output_file, positive
 
 SHAPES = {  # hidden size, layers, heads, KV heads, intermediate size, vocabulary, tied embeddings
     "8b": (4096, 32, 32, 8, 14336, 128256, False),
@@ -184,9 +187,10 @@ def work(case: dict[str, Any]) -> None:
 
 
 def run(case: dict[str, Any], timeout: int) -> dict[str, Any]:
-    """Runs one case in a process of its own; what goes wrong there comes back as ``failed``, with the end of stderr."""
-    shutil.rmtree(case["folder"], ignore_errors=True)
-    command, start = [sys.executable, __file__, "--worker", json.dumps(case)], time.monotonic()
+    """Runs one case in a process and a folder of its own; what goes wrong there comes back as ``failed``."""
+    folder = tempfile.mkdtemp(prefix="run-", dir=case["out"])
+    command = [sys.executable, __file__, "--worker", json.dumps(case | {"folder": folder})]
+    start = time.monotonic()
     hubless = os.environ | {"HF_HUB_OFFLINE": "1"}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=hubless)
@@ -196,7 +200,7 @@ def run(case: dict[str, Any], timeout: int) -> dict[str, Any]:
     result = {"failed": failed} if failed else json.loads(done.stdout.splitlines()[-1])
     if failed:
         print(errors[-2000:], file=sys.stderr)
-    shutil.rmtree(case["folder"], ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
     return case | {"wall": time.monotonic() - start} | result
 
 
@@ -243,8 +247,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=16, help=f"the first {WARM_UP} are not counted")
     parser.add_argument("--out", type=Path, help="folder for the model and the runs")
     parser.add_argument("--cases", default="lora,qlora,full")
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="file for every figure")
+    parser.add_argument("--repeats", type=positive, default=1)
+    parser.add_argument("--json", type=output_file, help="file for every figure")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -252,9 +256,10 @@ def main() -> None:
     if args.out is None or args.steps <= WARM_UP or not set(args.cases.split(",")) <= {"lora", "qlora", "full"}:
         parser.error(f"--out is needed, --steps is above {WARM_UP}, --cases are of lora, qlora, full")
     out = args.out.resolve()
-    shared = {"shape": args.shape, "steps": args.steps, "model": str(out / f"model-{args.shape}")}
+    out.mkdir(parents=True, exist_ok=True)
+    shared = {"shape": args.shape, "steps": args.steps, "out": str(out), "model": str(out / f"model-{args.shape}")}
     if not (out / f"model-{args.shape}" / "rows.json").is_file():
-        made = run(shared | {"name": "prepare", "folder": str(out / "run")}, timeout=300)
+        made = run(shared | {"name": "prepare"}, timeout=300)
         if "failed" in made:
             sys.exit(f"the model could not be made: {made['failed']}")
         print(f"model made in {made['wall']:.0f} s", flush=True)
@@ -262,7 +267,7 @@ def main() -> None:
     for repeat in range(args.repeats):
         for name in args.cases.split(","):
             for side in SIDES if repeat % 2 == 0 else SIDES[::-1]:
-                result = run(shared | {"name": name, "side": side, "folder": str(out / "run")}, 150)
+                result = run(shared | {"name": name, "side": side}, 150)
                 results.append(result)
                 speed = result.get("failed") or f"{statistics.median(result['seconds']):.3f} s a step"
                 print(f"{name}, {side}: {speed}; the process took {result['wall']:.0f} s", flush=True)

@@ -2,9 +2,11 @@
 
 import atexit
 import ctypes
+import importlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -60,6 +62,18 @@ def _has_cuda() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """Imports an example by its name and gives the process the words for its ``main``."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+
+    def load(name, *words):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+        return importlib.import_module(name)
+
+    return load
 
 
 @pytest.fixture(scope="session")

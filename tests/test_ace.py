@@ -4,13 +4,11 @@ import asyncio
 import json
 import logging
 import pickle
-import runpy
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from random import Random
 
 import dspy
@@ -791,12 +789,12 @@ def test_a_caller_s_trace_sees_the_call(asked, caplog):
 # -- the seedling ------------------------------------------------------------------------------------------------------
 
 
-def test_the_seedling_gains_from_a_playbook(make_lm):
-    example = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "ace_playbook.py"))
-    signature, data = example["task"](0, 100)
+def test_the_seedling_gains_from_a_playbook(example, make_lm):
+    playbook = example("ace_playbook")
+    signature, data = playbook.task(0, 100)
     train, test = data[:60], data[60:]
     program = dspy.Predict(signature)
     with dspy.context(lm=make_lm(max_tokens=32)):
-        learned = ACE(example["metric"], epochs=1, batch_size=20, num_threads=16).compile(program, trainset=train)
-        before, after = (example["score"](each, test, 16) for each in (program, learned))
+        learned = ACE(playbook.metric, epochs=1, batch_size=20, num_threads=16).compile(program, trainset=train)
+        before, after = (playbook.score(each, test, 16) for each in (program, learned))
     assert after >= before + 10

@@ -1,16 +1,14 @@
 """The main job on real rows: every bundled adapter answers test rows of its domain, all in one mixed batch."""
 
 import json
-import runpy
-import sys
-from pathlib import Path
 
+import dspy
 import pytest
 
 from dspy_lora import LoRALM
 from dspy_lora.config import load_config
+from dspy_lora.evaluation.answers import THREADS, side_by_side
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 ROWS = 100  # of each domain: a batch of 1,200 calls
 
 # Exact match that an adapter must reach on these rows: the model card's figure less two standard errors of 100 rows.
@@ -32,18 +30,18 @@ FLOORS = {
 pytestmark = pytest.mark.timeout(900)
 
 
-def test_adapters_reach_their_figures_on_real_rows_in_one_mixed_batch(data_root, monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
-    example = runpy.run_path(str(EXAMPLES / "domain_scores.py"))
+def test_adapters_reach_their_figures_on_real_rows_in_one_mixed_batch(data_root, example):
+    scores = example("domain_scores")
     config = load_config()
     base = LoRALM("seedling", max_tokens=100)
     rows = {}
     for domain in FLOORS:
         path = data_root / "domains" / str(config.domain(domain).data) / "test.jsonl"
         rows[domain] = [json.loads(line) for line in path.read_text().splitlines()[:ROWS]]
-    programs = {domain: example["program"](domain, base.copy(domain=domain)) for domain in FLOORS}
+    programs = {domain: scores.program(domain, base.copy(domain=domain)) for domain in FLOORS}
     asked = [(domain, row) for at in range(ROWS) for domain in FLOORS for row in rows[domain][at : at + 1]]
-    given = example["answers"]([(programs[domain], row["text"]) for domain, row in asked])
+    with dspy.context(adapter=dspy.ChatAdapter(use_json_adapter_fallback=False)):
+        given = side_by_side(scores.answer, [(programs[domain], row["text"]) for domain, row in asked], THREADS)
     hits = dict.fromkeys(FLOORS, 0)
     for (domain, row), label in zip(asked, given, strict=True):
         hits[domain] += label == row["label"]
