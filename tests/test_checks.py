@@ -211,7 +211,7 @@ def test_an_adapter_that_peft_wrote(tmp_path):
         ({"init_lora_weights": "loftq"}, ["'loftq'"]),
         ({"trainable_token_indices": [1]}, ["token embeddings"]),
         ({"alora_invocation_tokens": [1]}, ["Activated LoRA"]),
-        ({"layer_replication": [[0, 2]]}, ["layer_replication"]),
+        ({"layer_replication": [[0, 2]]}, ["(layer_replication). Train again without it"]),
         ({"target_parameters": ["mlp.experts"]}, ["target_parameters"]),
         ({"kasa_config": {"a": 1}}, ["KaSA"]),
         ({"peft_type": "LOHA"}, ["'LOHA'", "only 'LORA'"]),

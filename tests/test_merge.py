@@ -17,10 +17,10 @@ from dspy_lora.adapters.base import SEEDLING_FOLDER, resolve_base
 from dspy_lora.adapters.checks import check_adapter
 from dspy_lora.adapters.registry import PACKAGED_ROOT, AdapterRegistry
 from dspy_lora.errors import AdapterError, ConfigError, DataError, PublishError, UnknownAdapterError
-from dspy_lora.merging import METHODS, Check, command, merge_adapters, merge_into_base, to_plain_lora
+from dspy_lora.merging import METHODS, Check, command, merge_adapters, merge_into_base, model, to_plain_lora
 from dspy_lora.merging.agreement import Answers
 from dspy_lora.merging.plain_lora import truncate
-from dspy_lora.merging.source import find_source
+from dspy_lora.merging.source import find_source, record
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -94,6 +94,12 @@ def change(folder, module):
     return b @ a * config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
 
 
+def modules(folder):
+    """The modules that an adapter's tensors are for."""
+    names = load_file(folder / "adapter_model.safetensors")
+    return {name.removeprefix("base_model.model.").split(".lora_")[0] for name in names}
+
+
 def logits(model):
     with torch.inference_mode():
         return model(input_ids=torch.arange(20, 40)[None]).logits
@@ -141,6 +147,8 @@ def test_a_bundled_adapter_into_the_seedling(tmp_path):
         {"init_lora_weights": "olora"},
         {"modules_to_save": ["lm_head"]},
         {"target_modules": ["q_proj", "lm_head"]},
+        {"modules_to_save": ["embed_tokens"]},
+        {"trainable_token_indices": list(range(20, 40))},
     ],
     ids=lambda config: "-".join(map(str, config)),
 )
@@ -151,9 +159,16 @@ def test_what_vllm_cannot_serve_into_the_base(make, base, tmp_path, config):
     assert merged.agreement.largest_difference < 0.2
     far, near = (logits(load(base)) - logits(adapted)).abs().max(), (logits(model) - logits(adapted)).abs().max()
     assert near < 0.05 * far
-    untied = "lm_head" in str(config)
+    untied = "lm_head" in str(config) or "embed_tokens" in str(config)
     assert model.config.tie_word_embeddings is not untied
-    assert torch.equal(model.get_input_embeddings().weight, load(base).get_input_embeddings().weight)
+    kept = "lm_head" if "embed_tokens" in str(config) else "model.embed_tokens"
+    if "trainable_token_indices" not in config:
+        assert torch.equal(model.get_submodule(kept).weight, load(base).get_submodule(kept).weight)
+
+
+def test_a_head_that_is_untied_wrongly_shows_in_the_answers(first, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "_untie", lambda whole, _: whole.get_output_embeddings().weight.data.mul_(0.5))
+    assert merge_into_base(first, tmp_path / "out", base=base, check=ANY).agreement.largest_difference > 0.2
 
 
 def test_an_adapter_of_a_qlora_run(make, base, tmp_path, capsys):
@@ -264,11 +279,17 @@ def test_one_adapter_and_nothing_of_another_is_the_one(first, second, base, tmp_
     assert torch.allclose(change(tmp_path / "out", UP), change(first, UP), atol=1e-6)
 
 
-def test_every_method_gives_what_vllm_serves(make, base, tmp_path, monkeypatch):
-    small = {"target_modules": ["k_proj"], "layers_to_transform": [0]}
-    parents = [make(7, **small), make(8, **small)]
+@pytest.fixture
+def unasked(monkeypatch):
+    """No model answers anything, which is most of a merge's time."""
     monkeypatch.setattr(Answers, "of", classmethod(lambda *_: Answers([], [], [], [], 1)))
     monkeypatch.setattr(Answers, "compare", lambda *_: command.Agreement(1, 1.0, 0.0))
+
+
+@pytest.mark.usefixtures("unasked")
+def test_every_method_gives_what_vllm_serves(make, base, tmp_path):
+    small = {"target_modules": ["k_proj"], "layers_to_transform": [0]}
+    parents = [make(7, **small), make(8, **small)]
     for method in METHODS:
         merged = merge_adapters(parents, method=method, output=tmp_path / method, base=base)
         assert merged.density == (0.5 if method.split("_")[0] in ("ties", "dare", "magnitude") else None)
@@ -278,6 +299,31 @@ def test_every_method_gives_what_vllm_serves(make, base, tmp_path, monkeypatch):
         (a, b) for a, b in itertools.combinations(range(len(METHODS)), 2) if torch.allclose(changes[a], changes[b])
     ]
     assert alike == []
+
+
+LIMITED = {
+    "layers": {"layers_to_transform": [0]},
+    "excluded": {"exclude_modules": ["layers.1.mlp.up_proj"]},
+    "regex": {"target_modules": r".*\.1\.self_attn\.[qk]_proj"},
+    "elsewhere": {"layers_to_transform": [1], "target_modules": ["k_proj"]},
+}
+
+
+@pytest.mark.parametrize("limits", LIMITED.values(), ids=LIMITED)
+@pytest.mark.usefixtures("unasked")
+def test_modules_of_one_adapter_alone_are_kept(make, base, tmp_path, limits):
+    one, two = make(7, **limits), make(8, layers_to_transform=[0] if "elsewhere" in str(limits) else None)
+    both = modules(one) | modules(two)
+    assert modules(one) != both
+    for name, order in (("a", (one, two)), ("b", (two, one))):
+        merge_adapters(order, output=tmp_path / name, base=base)
+        assert modules(tmp_path / name) == both
+        for module in both:
+            expected = sum(change(folder, module) for folder in order if module in modules(folder))
+            assert torch.allclose(change(tmp_path / name, module), expected, atol=1e-5)
+        check_adapter(tmp_path / name, resolve_base(base), 8)
+    merge_adapters([one, two], method="ties", output=tmp_path / "ties", base=base)
+    assert modules(tmp_path / "ties") == both
 
 
 def test_dare_draws_by_its_seed_alone(make, base, tmp_path):
@@ -301,6 +347,9 @@ def test_dare_draws_by_its_seed_alone(make, base, tmp_path):
     [
         ({"method": "tie"}, "no method 'tie'. Did you mean 'ties'"),
         ({"weights": [1.0]}, "1 weights for 2 adapters"),
+        ({"weights": [math.nan, 1]}, "each is a finite number, and one at least is not 0"),
+        ({"weights": [0, 0]}, "one at least is not 0"),
+        ({"seed": 10**23}, "seed = 1000.* from 0 up to"),
         ({"method": "ties", "density": 0}, "density = 0: .* above 0 and up to 1"),
         ({"method": "ties", "density": 1.5}, "density = 1.5"),
         ({"method": "ties", "density": math.nan}, "density = nan"),
@@ -350,6 +399,7 @@ def test_an_adapter_that_does_not_fit(base, tmp_path):
         ({"peft_type": "LOHA"}, "only 'LORA'"),
         ({"init_lora_weights": "pissa_niter_16"}, "cannot be found again.*path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "loftq"}, "cannot be found again"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "several times.*Train again without layer_replication"),
     ],
 )
 def test_kinds_of_adapters_that_cannot_be_merged(first, base, tmp_path, change, words):
@@ -367,6 +417,11 @@ def test_adapters_that_are_not_there(base, tmp_path):
         merge_into_base(tmp_path / "missing", tmp_path / "out", base=base)
     with pytest.raises(AdapterError, match=r"no adapter_config\.json"):
         merge_into_base(tmp_path, tmp_path / "out", base=base)
+
+
+def test_a_base_that_is_nowhere(first, tmp_path):
+    with pytest.raises(ConfigError, match="'foo/bar' is not on this disk and cannot be downloaded"):
+        merge_into_base(first, tmp_path / "out", base="foo/bar")
 
 
 def test_nan_is_not_merged(make, base, tmp_path):
@@ -401,6 +456,15 @@ def test_generated_prompts_ask_for_the_task_that_training_recorded(first):
     assert all("[[ ## side ## ]]" in prompt[-1]["content"] for prompt in prompts)
     assert all("[[ ## question ## ]]" in prompt[-1]["content"] for prompt in plain)
     assert prompts == Check().prompts(trained)
+
+
+def test_a_result_keeps_the_task_of_its_parents_where_they_agree(make, base):
+    tasks = [{"fields": "text -> label", "instructions": "Sort it."}, {"fields": "clause -> label", "instructions": ""}]
+    registry = AdapterRegistry(PACKAGED_ROOT)
+    sources = [find_source(make(1, metadata={"config": {"signature": task}}), registry) for task in (*tasks, None)]
+    for parents, task in ((sources[:1] * 2, tasks[0]), (sources[:2], None), (sources[::2], None)):
+        metadata = record("several adapters", iter(parents), resolve_base(base))
+        assert dataclasses.replace(sources[2], metadata=metadata).task == task
 
 
 # -- in full or not at all ---------------------------------------------------------------------------------------------
@@ -471,6 +535,7 @@ def test_ctrl_c_leaves_nothing(first, base, tmp_path, monkeypatch):
     assert left(tmp_path) == []
 
 
+@pytest.mark.usefixtures("unasked")
 def test_a_rename_that_fails_puts_the_old_folder_back(first, second, base, tmp_path, monkeypatch):
     out = tmp_path / "out"
     merge_adapters([first, second], output=out, base=base, check=ANY)

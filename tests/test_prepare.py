@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import csv
+import functools
 import json
 import random
 import subprocess
@@ -20,7 +21,7 @@ from dspy_lora.adapters import disk
 from dspy_lora.adapters.base import SEEDLING_FOLDER
 from dspy_lora.config import load_config
 from dspy_lora.errors import ConfigError, DataError, PublishError
-from dspy_lora.prepare import PrepareConfig, command, duplicates, prepare, sources
+from dspy_lora.prepare import PrepareConfig, command, duplicates, files, prepare, sources
 from dspy_lora.prepare.split import are_labels, split
 from dspy_lora.training import command as training
 from dspy_lora.training.data import read_rows, sha256, tokenize
@@ -167,6 +168,9 @@ def test_a_folder_of_split_files_is_split_as_given(tmp_path: Path) -> None:
         ("rows.parquet", "PAR", "is not a Parquet file"),
         ("rows.csv", None, "there is no file or folder"),
         ("no/such/folder", None, "there is no file or folder"),
+        ("a" * 5000, None, "cannot be read: File name too long"),
+        ("rows.json", "[" * 100_000, "rows.json cannot be read: maximum recursion"),
+        ("rows.json", "1" * 5000, "rows.json cannot be read: Exceeds the limit"),
         ("rows.jsonl", "nonsense\n[1]\n", "none of 2 records is a row .* rows.jsonl, line 1: not JSON"),
     ],
 )
@@ -213,6 +217,44 @@ def test_malformed_lines_are_set_aside_with_their_numbers_and_cost_no_other_line
     entries = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
     assert [entry["line"] for entry in entries] == [4, 5, 7, 8, 10]
     assert [entry["value"] for entry in entries[1:3]] == ['"begins well\nand "goes" wrong",storage', "\udcff,storage"]
+
+
+def test_values_that_no_file_or_tokenizer_takes_cost_no_other_row(tmp_path: Path) -> None:
+    rows = [{"text": "a", "size": 1}, {"text": "\ud800", "size": 2}, {"text": "c", "size": float("inf")}]
+    rows += [{"text": "d", "size": "Infinity"}, {"text": b"\xff", "size": 3}, {"text": "f", "size": 4}]
+    rows.append({"text": functools.reduce(lambda inner, _: [inner], range(600), 1), "size": 5})
+    task = dspy.Signature("text -> size: float")
+    out = prepare(rows, task, ALL).write(tmp_path / "out")
+    assert read_rows(out / "train.jsonl", list(task.fields)) == [{"text": "a", "size": 1}, {"text": "f", "size": 4}]
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "a", "label": "x\ud800"}, {"text": "b", "label": "x"}])
+    prepared = prepare(path, TASK, ALL.model_copy(update={"base": "seedling"}))
+    assert "surrogates not allowed" in reasons(prepared)["rows.jsonl, line 1"]
+    assert len(read_rows(prepared.write(tmp_path / "too") / "train.jsonl")) == 1
+
+
+def test_missing_cells_are_null_in_what_is_written(tmp_path: Path) -> None:
+    def fail(constant: str) -> None:
+        raise AssertionError(constant)
+
+    nan = float("nan")
+    rows = [{"text": "a", "label": "x", "n": nan, "deep": [{"a": nan}]}, {"text": "b", "label": nan, "n": 1, "deep": 2}]
+    out = prepare(rows, TASK, ALL.model_copy(update={"keep": ("n", "deep")})).write(tmp_path / "out")
+    assert read_rows(out / "train.jsonl") == [{"text": "a", "label": "x", "n": None, "deep": [{"a": None}]}]
+    for name in ("train.jsonl", "rejects.jsonl"):
+        json.loads((out / name).read_text(), parse_constant=fail)
+
+
+def test_malformed_records_of_a_csv_copy_no_lines() -> None:
+    copied = []
+
+    class Lines(list[str]):
+        def __getitem__(self, at: Any) -> Any:
+            copied.append(len(range(len(self))[at]) if isinstance(at, slice) else 1)
+            return super().__getitem__(at)
+
+    lines = Lines(['"a"b,c\n'] * 300)
+    assert len(list(files._records(lines, ","))) == 300
+    assert sum(copied) < 3 * len(lines)
 
 
 def test_a_document_longer_than_csvs_limit_is_read(tmp_path: Path) -> None:
@@ -388,6 +430,14 @@ def test_prepare_splits_by_group_by_column_and_by_label() -> None:
     assert customers["train"].isdisjoint(customers["dev"] | customers["test"])
     assert customers["dev"].isdisjoint(customers["test"])
 
+    given = [row | {"part": "test" if i < 3 else "train"} for i, row in enumerate(rows)]
+    config = PrepareConfig(group="customer", split_column="part", near=None, dev=0.2)
+    torn = prepare(given, TASK, config)
+    warning = "3 group(s) of 'customer' occur in several of the given splits; --resplit splits anew, by group"
+    assert torn.report["warnings"] == [warning]
+    assert f"warning: {warning}" in torn.table()
+    assert prepare(given, TASK, config.model_copy(update={"resplit": True, "test": 0.2})).report["warnings"] == []
+
     named = [row | {"part": ("train", "Validation", "test")[i % 3]} for i, row in enumerate(rows)]
     named[0]["part"] = "trian"
     by_column = prepare(named, TASK, PrepareConfig(split_column="part", keep=("id",)))
@@ -507,6 +557,19 @@ def test_near_duplicates_are_those_that_brute_force_finds(seed: int, threshold: 
     assert all(pairs[i, j] == similarity for i, (j, similarity) in found.items())
 
 
+@pytest.mark.parametrize("pair", ["20 + 1|20 - 1", "20 * 1|20 / 1", "20 + 1|20 + 3", "C++|C#", "a < b|a > b"])
+def test_symbols_make_another_text(pair: str) -> None:
+    texts = [f"What is {each}?" for each in pair.split("|")]
+    assert duplicates.near_duplicates(texts, [0, 2], 0.8) == {}
+
+
+def test_sentence_marks_make_no_other_text() -> None:
+    for one, other in (("«Is it?» he said…", "is it, he said"), ("wi\u2011fi", "wi-fi"), ("1 \u2212 2", "1 - 2")):
+        assert duplicates.jaccard(one, other) == 1
+    assert duplicates.jaccard("1 + 20 is", "3 + 20 is") == duplicates.jaccard("is 20 + 1", "is 20 + 3") < 0.8  # at ends
+    assert duplicates.jaccard("काम शुरू", "कम शरू") < 1  # vowel signs
+
+
 def test_jaccard_looks_at_letters_and_digits() -> None:
     assert duplicates.jaccard("Disk  FULL!", "disk full") == 1  # case, blanks, punctuation
     assert duplicates.jaccard("\uff24isk full", "disk full") == 1  # a full-width letter
@@ -597,16 +660,17 @@ def test_an_existing_folder_is_replaced_only_on_request(tmp_path: Path, monkeypa
 
     rename = Path.rename
 
-    def refuse(self: Path, target: Path) -> Path:
-        if self.name == "new":
-            raise OSError(5, "Input/output error")
+    def refuse(self: Path, target: Path, error: BaseException) -> Path:
+        if self.name == "draft":
+            raise error
         return rename(self, target)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", refuse)
-        with pytest.raises(PublishError, match="Input/output error"):
-            smaller.write(out, overwrite=True)
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    for error, raised in ((OSError(5, "Input/output error"), PublishError), (KeyboardInterrupt(), KeyboardInterrupt)):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", functools.partialmethod(refuse, error=error))
+            with pytest.raises(raised):
+                smaller.write(out, overwrite=True)
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
     smaller.write(out, overwrite=True)
     assert not (out / "dev.jsonl").exists()
@@ -614,6 +678,25 @@ def test_an_existing_folder_is_replaced_only_on_request(tmp_path: Path, monkeypa
     (out / "thesis.tex").write_text("years of work")
     with pytest.raises(DataError, match=r"holds what was not prepared here \(thesis.tex\), so it stays"):
         smaller.write(out, overwrite=True)
+
+
+def test_what_is_read_is_never_overwritten(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    source = write_jsonl(raw / "train.jsonl", make_rows(30))
+    write_jsonl(raw / "dev.jsonl", make_rows(5, seed=1))
+    before = source.read_bytes()
+    words = ["--signature", "text -> label", "--overwrite"]
+    for read, written in ((source, raw), (raw, raw), (raw, tmp_path), (source, source)):
+        with pytest.raises(DataError, match=r"is what is read .* or holds it, so it stays"):
+            run(str(read), str(written), *words)
+        with pytest.raises(DataError, match="is what is read"):
+            prepare(read, TASK).write(written, overwrite=True)
+    with pytest.raises(DataError, match=r"has rows but no report.json: they were not prepared here"):
+        prepare(make_rows(30), TASK).write(raw, overwrite=True)
+    assert source.read_bytes() == before
+    (tmp_path / "empty").mkdir()
+    assert run(str(source), str(tmp_path / "empty"), *words) == 0
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -672,6 +755,9 @@ def test_the_command_prepares_reasoning_for_the_json_adapter(tmp_path: Path) -> 
         (["--near", "1.5"], ConfigError, r"near = 1.5: Input should be less than or equal to 1"),
         (["--delimiter", ";;"], ConfigError, r"delimiter = ';;'"),
         (["--base-model", "no/model/here"], ConfigError, "base model 'no/model/here'"),
+        (["--base-model", "foo/bar"], ConfigError, "'foo/bar': its tokenizer is not on this disk and cannot be downl"),
+        (["--dev", "inf"], ConfigError, "dev = inf: Input should be a finite number"),
+        (["--test", "1.9"], ConfigError, "test = 1.9: Give a share below 1, or a whole number of rows"),
     ],
 )
 def test_flags_that_are_not_allowed(tmp_path: Path, flags: list[str], error: type[Exception], message: str) -> None:
@@ -685,6 +771,9 @@ def test_flags_that_are_not_allowed(tmp_path: Path, flags: list[str], error: typ
     ("flags", "message"),
     [
         (["--signature", "text"], "'text' is no signature like 'text -> label'"),
+        (["--signature", "instructions -> label"], "DSPy keeps names like 'instructions'"),
+        (["--signature", "text -> _x"], "DSPy keeps names like"),
+        (["--signature", "demos -> label"], "dspy.Predict takes 'demos' for an argument of its own"),
         (["--domain", "legal", "--instructions", "x"], "--instructions goes with --signature"),
         (["--domain", "leagl"], "Did you mean 'legal'"),
     ],

@@ -41,6 +41,40 @@ def staging(root: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def drafting(folder: Path, overwrite: bool) -> Iterator[Path]:
+    """A hidden folder beside ``folder``, which takes its place where the block ends well, and else is removed.
+
+    Raises:
+        PublishError: The disk refused, or there is a folder that is not to be replaced; all is as it was before.
+    """
+    with contextlib.ExitStack() as stack:
+        with writing("make a folder", folder.parent):
+            hidden = stack.enter_context(staging(folder.parent))
+            draft = hidden / "draft"
+            draft.mkdir()
+        yield draft
+        with writing("save the result", folder.parent):
+            for path in (*draft.iterdir(), draft):
+                sync(path)
+            _move_in(draft, folder, hidden / "old", overwrite)
+            sync(folder.parent)
+
+
+def _move_in(draft: Path, folder: Path, old: Path, overwrite: bool) -> None:
+    """Renames the draft; puts what was there before back where that fails, or is interrupted."""
+    try:
+        if folder.exists():
+            if not overwrite:
+                raise FileExistsError(f"{folder} was made by somebody else meanwhile")
+            folder.rename(old)
+        draft.rename(folder)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise
+
+
+@contextlib.contextmanager
 def lock(root: Path) -> Iterator[None]:
     """One writer at a time, over threads and processes; the system frees it when a process dies."""
     with (root / ".lock").open("w") as file:

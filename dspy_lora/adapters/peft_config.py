@@ -23,7 +23,7 @@ _FEATURES = {
     "lora_bias": "biases (lora_bias). Train again with lora_bias=False.",
     "trainable_token_indices": "trained token embeddings (trainable_token_indices). Train again without them.",
     "alora_invocation_tokens": "Activated LoRA (alora_invocation_tokens). Train again without it.",
-    "layer_replication": f"layer_replication. {_MERGE}.",
+    "layer_replication": "layers of the base used several times (layer_replication). Train again without it.",
     "target_parameters": "LoRA on bare parameters (target_parameters). Train again with target_modules.",
     "use_bdlora": "block-diagonal LoRA (use_bdlora). Train again without it.",
     "use_qalora": "QALoRA (use_qalora). Train again without it.",

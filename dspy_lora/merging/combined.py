@@ -1,5 +1,6 @@
 """Several adapters of one base combined into one plain LoRA, by PEFT's methods."""
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -114,12 +115,13 @@ def merge_adapters(
     Raises:
         AdapterError: Adapters of different bases, one that vLLM does not serve, or a result that answers differently
             from one of them.
-        ConfigError: A method, weights, density, rank, base or place that is not allowed, or too little GPU memory.
+        ConfigError: A method, weights, density, rank, seed, base or place that is not allowed, or too little memory of
+            the GPU.
         DataError: Rows that cannot be asked.
         PublishError: The disk refused. Nothing was written.
     """
     require_packages()
-    scales = _check_arguments(adapters, method, weights, density, rank)
+    scales = _check_arguments(adapters, method, weights, density, rank, seed)
     checks = _checks(check, len(adapters))
     found_in = AdapterRegistry(registry, base=base)
     sources = tuple(find_source(adapter, found_in) for adapter in adapters)
@@ -179,6 +181,7 @@ def _check_arguments(
     weights: Sequence[float] | None,
     density: float | None,
     rank: int | None,
+    seed: int,
 ) -> list[float]:
     """Refuses settings that do not go together; returns the weights."""
     if len(adapters) < 2:
@@ -187,6 +190,10 @@ def _check_arguments(
         raise ConfigError(f"no method {method!r}. {near(method, METHODS)}")
     if weights is not None and len(weights) != len(adapters):
         raise ConfigError(f"{len(weights)} weights for {len(adapters)} adapters: give one for each, or none.")
+    if weights is not None and not (all(map(math.isfinite, weights)) and any(weights)):
+        raise ConfigError(f"weights = {list(weights)!r}: each is a finite number, and one at least is not 0.")
+    if not 0 <= seed < 2**64:
+        raise ConfigError(f"seed = {seed!r}: it is a whole number from 0 up to 2**64 - 1.")
     if density is not None and not _prunes(method):
         raise ConfigError(f"density = {density!r}: method {method!r} keeps all values. Leave density out.")
     if density is not None and not 0 < density <= 1:
@@ -241,11 +248,14 @@ def _combine(peft: Any, recipe: _Recipe) -> "dict[str, Factors]":
     from peft.tuners.lora import LoraLayer
 
     torch.manual_seed(recipe.seed)
+    names = [str(number) for number in range(len(recipe.weights))]
+    for name in names:
+        _name_modules(peft, name)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The density .* no pruning will be performed")
         try:
             peft.add_weighted_adapter(
-                [str(number) for number in range(len(recipe.weights))],
+                names,
                 recipe.weights,
                 "merged",
                 combination_type=recipe.method,
@@ -260,6 +270,22 @@ def _combine(peft: Any, recipe: _Recipe) -> "dict[str, Factors]":
         for name, layer in peft.base_model.model.named_modules()
         if isinstance(layer, LoraLayer) and "merged" in layer.lora_A
     }
+
+
+def _name_modules(peft: Any, adapter: str) -> None:
+    """Has an adapter's configuration name the modules that it is on, each in full, and limit them by nothing else.
+
+    PEFT puts the new adapter on the modules that all configurations name, within the limits of the first alone, and
+    takes no regular expressions beside lists.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    modules = peft.base_model.model.named_modules()
+    config = peft.peft_config[adapter]
+    config.target_modules = {
+        name for name, layer in modules if isinstance(layer, LoraLayer) and adapter in layer.lora_A
+    }
+    config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
 
 
 def _dtype(sources: Sequence[Source]) -> str:

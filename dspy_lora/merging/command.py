@@ -26,8 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--method", help=f"how several are merged: {', '.join(METHODS)} (default: {DEFAULT_METHOD})")
     parser.add_argument("--weights", type=float, nargs="+", help="weight of each adapter (default: 1 each)")
-    parser.add_argument("--density", type=float, help=f"share of values that ties and dare keep (default: {DENSITY})")
-    parser.add_argument("--seed", type=int, default=0, help="decides what dare drops")
+    parser.add_argument(
+        "--density",
+        type=float,
+        help=f"share of values that ties*, dare_* and magnitude_prune* keep (default: {DENSITY})",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="decides what dare_* drop (default: 0)")
     goal = parser.add_mutually_exclusive_group(required=True)
     goal.add_argument("--output", type=Path, metavar="FOLDER", help="write the result to this folder")
     goal.add_argument("--publish", metavar="NAME", help="publish the resulting adapter under this name")

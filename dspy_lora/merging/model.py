@@ -58,12 +58,12 @@ def load_adapters(base: Base, sources: Sequence[Source]) -> Any:
     from safetensors import SafetensorError
 
     model = load_model(base.path)
-    _untie(model, sources)
     peft: Any = None
     for number, source in enumerate(sources):
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", "Found missing adapter keys")
+                warnings.filterwarnings("ignore", "Model with .tie_word_embeddings=True.")  # merge_in unties them
                 if peft is None:
                     peft = PeftModel.from_pretrained(model, source.folder, adapter_name=str(number))
                 else:
@@ -77,32 +77,34 @@ def load_adapters(base: Base, sources: Sequence[Source]) -> Any:
     return peft.eval()
 
 
-def _untie(model: Any, sources: Sequence[Source]) -> None:
-    """Gives a head that shares the embeddings' weights its own, where an adapter changes one of the two alone."""
-    import torch
-
-    if not model.config.get_text_config().tie_word_embeddings:
-        return
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    names = [name for name, module in model.named_modules() if module in ends]
-    if any(
-        source.touches(name) and not source.config.get("ensure_weight_tying") for source in sources for name in names
-    ):
-        ends[1].weight = torch.nn.Parameter(ends[0].weight.detach().clone())
-        model.config.get_text_config().tie_word_embeddings = False
-
-
 def merge_in(peft: Any, source: Source) -> Any:
     """Merges the active adapter into the base's weights and takes PEFT's layers off.
 
     Raises:
         AdapterError: The result is not finite, or PEFT cannot merge adapters of that kind.
     """
+    _untie(peft.base_model.model, source)
     try:
         return peft.merge_and_unload(safe_merge=True)
     except (ValueError, RuntimeError, NotImplementedError) as exc:
         _reraise_out_of_memory(exc)
         raise AdapterError(f"{source.folder}: PEFT cannot merge it: {exc} Train it again without that.") from exc
+
+
+def _untie(model: Any, source: Source) -> None:
+    """Gives a head that shares the embeddings' weights its own, where the adapter changes one of the two alone."""
+    import torch
+
+    if not model.config.get_text_config().tie_word_embeddings or source.config.get("ensure_weight_tying"):
+        return
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    if any(source.touches(name) for name, module in model.named_modules() if module in ends):
+        shared = set(ends[0].parameters())
+        for module in ends[1].modules():  # PEFT may have wrapped it
+            for name, weight in module.named_parameters(recurse=False):
+                if weight in shared:
+                    setattr(module, name, torch.nn.Parameter(weight.detach().clone()))
+        model.config.get_text_config().tie_word_embeddings = False
 
 
 def _reraise_out_of_memory(exc: BaseException) -> None:

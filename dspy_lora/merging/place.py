@@ -3,13 +3,14 @@
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dspy_lora.adapters.base import Base
 from dspy_lora.adapters.checks import METADATA_FILE, check_adapter
-from dspy_lora.adapters.disk import staging, sync, writing
+from dspy_lora.adapters.disk import drafting, staging, writing
 from dspy_lora.adapters.peft_config import CONFIG_FILE
 from dspy_lora.adapters.registry import AdapterRegistry
 from dspy_lora.adapters.revision import Revision, check_new_name
@@ -48,33 +49,13 @@ class OutputFolder:
         if any(folder is not None and folder.resolve().is_relative_to(self.path.resolve()) for folder in read):
             raise ConfigError(f"output {str(self.path)!r} is what is merged, or holds it. Give another folder.")
 
-    @contextlib.contextmanager
-    def draft(self) -> Iterator[Path]:
+    def draft(self) -> AbstractContextManager[Path]:
         """A hidden folder beside the output; it becomes the output where the block ends well, else it is removed.
 
         Raises:
             PublishError: The disk refused; everything is as it was before.
         """
-        with _hidden(self.path.parent) as hidden:
-            draft = hidden / "draft"
-            draft.mkdir()
-            yield draft
-            with saving(self.path):
-                for path in (*draft.iterdir(), draft):
-                    sync(path)
-                self._move_in(draft, hidden / "old")
-                sync(self.path.parent)
-
-    def _move_in(self, draft: Path, old: Path) -> None:
-        """Renames the draft; puts what was there before back where that fails."""
-        with contextlib.ExitStack() as undo:
-            if self.path.exists():
-                if not self.overwrite:
-                    raise FileExistsError(f"{self.path} was made by somebody else meanwhile")
-                self.path.rename(old)
-                undo.callback(old.rename, self.path)
-            draft.rename(self.path)
-            undo.pop_all()
+        return drafting(self.path, self.overwrite)
 
     def accept(self, draft: Path, base: Base) -> tuple[Path, Revision | None]:
         """Checks that an engine can serve the adapter in the draft.
@@ -108,9 +89,9 @@ class Publication:
     @contextlib.contextmanager
     def draft(self) -> Iterator[Path]:
         """A hidden folder in the registry, removed at the end; ``accept`` publishes what is in it."""
-        with _hidden(self.registry.root) as hidden:
-            draft = hidden / "draft"
-            draft.mkdir()
+        with contextlib.ExitStack() as stack:
+            with writing("make a folder", self.registry.root):
+                draft = stack.enter_context(staging(self.registry.root))
             yield draft
 
     def accept(self, draft: Path, base: Base) -> tuple[Path, Revision | None]:
@@ -150,14 +131,6 @@ def output_folder(output: str | Path, overwrite: bool) -> OutputFolder:
 
 def _absolute(path: str | Path) -> Path:
     return Path(path).expanduser().absolute()
-
-
-@contextlib.contextmanager
-def _hidden(root: Path) -> Iterator[Path]:
-    with contextlib.ExitStack() as stack:
-        with writing("make a folder", root):
-            hidden = stack.enter_context(staging(root))
-        yield hidden
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspy_lora.adapters.base import ABSENT, Base, resolve_base
+from dspy_lora.adapters.base import ABSENT, Base, fetch_base, resolve_base
 from dspy_lora.adapters.checks import WEIGHTS_FILE, read_metadata
 from dspy_lora.adapters.peft_config import CONFIG_FILE, read_json, refuse
 from dspy_lora.adapters.registry import AdapterRegistry
@@ -59,16 +59,22 @@ class Source:
         qlora = self.metadata.get("config", {}).get("qlora")
         return bool(qlora.get("enabled", True) if isinstance(qlora, dict) else qlora)
 
+    @property
+    def task(self) -> dict[str, Any] | None:
+        """The signature that its training recorded; None where it recorded none."""
+        task = self.metadata.get("config", {}).get("signature")
+        return task if isinstance(task, dict) else None
+
     def touches(self, module: str) -> bool:
-        """Whether it has tensors of a module of that name."""
-        return any(f".{module}." in f".{name}" for name in read_header(self.folder / WEIGHTS_FILE))
+        """Whether it has tensors of a module of that name. Trained tokens do not count: PEFT ties theirs itself."""
+        names = (f".{name}" for name in read_header(self.folder / WEIGHTS_FILE) if ".token_adapter." not in name)
+        return any(f".{module}." in name for name in names)
 
     def signature(self) -> "type[dspy.Signature]":
         """The task that its training recorded, else ``question -> answer``."""
         import dspy
 
-        task = self.metadata.get("config", {}).get("signature")
-        if isinstance(task, dict):
+        if task := self.task:
             return dspy.Signature(task["fields"], task["instructions"])
         return dspy.Signature("question -> answer")
 
@@ -112,6 +118,12 @@ def find_source(adapter: str | Path, registry: AdapterRegistry) -> Source:
 def _check(folder: Path, config: dict[str, Any]) -> None:
     if config.get("peft_type") != "LORA":
         refuse(folder, f"{CONFIG_FILE} says peft_type {config.get('peft_type')!r}; only 'LORA' can be merged.")
+    if config.get("layer_replication"):
+        refuse(
+            folder,
+            "it uses layers of the base several times (layer_replication), with other changes each time, which the "
+            "base's weights cannot hold. Train again without layer_replication.",
+        )
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_LOST_INITS):
         refuse(
@@ -139,9 +151,9 @@ def common_base(sources: Sequence[Source], model: str | None) -> Base:
 
     Raises:
         AdapterError: They are for different bases, or for another than the one named.
-        ConfigError: No such base, or one whose stored weights are quantised.
+        ConfigError: No such base, one that cannot be downloaded, or one whose stored weights are quantised.
     """
-    base = resolve_base(model or load_config().base_model or sources[0].base_name)
+    base = fetch_base(model or load_config().base_model or sources[0].base_name)
     revisions = {source.name: source.base_revision or _hinted(source, model) for source in sources}
     if any(revision not in (None, base.revision) for revision in revisions.values()):
         listed = ", ".join(f"{name!r} for base {revision or 'unknown'}" for name, revision in revisions.items())
@@ -173,8 +185,11 @@ def _check_precision(base: Base) -> None:
 
 
 def record(kind: str, sources: Iterable[Source], base: Base, **facts: Any) -> dict[str, Any]:
-    """Metadata of a result: where it comes from and what was measured."""
+    """Metadata of a result: where it comes from and what was measured, and the task, where it is the same for all."""
+    sources = list(sources)
     parents = [source.lineage() for source in sources]
     versions = {package: importlib.metadata.version(package) for package in _PACKAGES}
     merge = {"kind": kind, "base": base.name, "parents": parents, "versions": versions} | facts
-    return {"base_revision": base.revision, "merge": merge}
+    task = sources[0].task
+    config = {"config": {"signature": task}} if task and all(source.task == task for source in sources) else {}
+    return {"base_revision": base.revision, "merge": merge} | config

@@ -1,5 +1,6 @@
 """Which records are rows of the task, and why the others are not."""
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class Reject:
         """Its line in ``rejects.jsonl``."""
         record = self.record
         place = {"source": record.source, record.unit: record.number}
-        return place | {"kind": self.kind, "reason": self.reason, "value": record.value}
+        return place | {"kind": self.kind, "reason": self.reason, "value": _plain(record.value)}
 
 
 def check_columns(source: Source, columns: Mapping[str, str], fields: Sequence[str], others: Iterable[str]) -> None:
@@ -135,7 +136,7 @@ def _item(
     fields = {name: columns.get(name, name) for name in renderer.signature.fields}
     found = {name: _value(record.value[column]) for name, column in fields.items() if column in record.value}
     exchange = renderer.exchange(found)
-    kept = {column: record.value.get(column) for column in keep if column not in fields}
+    kept = {column: _plain(record.value.get(column)) for column in keep if column not in fields}
     return Item(
         record=record,
         row=exchange.inputs | exchange.outputs | kept,
@@ -149,6 +150,11 @@ def _item(
 def _value(value: Any) -> Any:
     """None for a float that is not a number: a missing cell, as pandas and Parquet write it."""
     return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON, with null for a number that JSON lacks."""
+    return json.loads(json.dumps(value, default=str), parse_constant=lambda _: None)
 
 
 def _filled(record: Record, column: str) -> str:

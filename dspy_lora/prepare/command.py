@@ -1,15 +1,17 @@
 """``dspy-lora prepare``: raw data becomes the rows of one task."""
 
 import argparse
+import warnings
 from pathlib import Path
 
 import dspy
 import pydantic
 
-from dspy_lora.config import load_config
+from dspy_lora.config import check_input_field, check_output_field, load_config
 from dspy_lora.errors import ConfigError, DataError
 from dspy_lora.prepare import folder as folders
 from dspy_lora.prepare.prepared import PrepareConfig, prepare
+from dspy_lora.prepare.sources import on_disk
 
 _ADAPTERS = {"chat": dspy.ChatAdapter, "json": dspy.JSONAdapter}
 
@@ -65,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         DataError: No such source or column, no rows for a split, or an output folder that exists.
         PublishError: The disk refused; nothing was written.
     """
-    folders.check(args.output.expanduser().absolute(), args.overwrite)
+    folders.check(args.output.expanduser().absolute(), args.overwrite, on_disk(args.source))
     prepared = prepare(args.source, _signature(args), _settings(args), adapter=_ADAPTERS[args.adapter]())
     folder = prepared.write(args.output, args.overwrite)
     print(f"{prepared.table()}\n\nwritten: {folder}")
@@ -78,12 +80,28 @@ def _signature(args: argparse.Namespace) -> type[dspy.Signature]:
             raise ConfigError("--instructions goes with --signature; a domain's are its `task` in lora_config.yaml.")
         signature = load_config(args.config).domain(args.domain).signature()
     else:
-        try:
-            signature = dspy.Signature(args.signature, args.instructions)
-        except (ValueError, SyntaxError) as exc:
-            raise ConfigError(f"--signature {args.signature!r} is no signature like 'text -> label': {exc}") from exc
+        signature = _parsed(args.signature, args.instructions)
     reasoned: type[dspy.Signature] = dspy.ChainOfThought(signature).predict.signature
     return reasoned if args.chain_of_thought else signature
+
+
+def _parsed(text: str, instructions: str | None) -> type[dspy.Signature]:
+    try:
+        with warnings.catch_warnings():  # pydantic warns of names that DSPy refuses in its next step
+            warnings.filterwarnings("ignore", "Field name", UserWarning)
+            signature = dspy.Signature(text, instructions)
+        for name in signature.input_fields:
+            check_input_field(name)
+        for name in signature.output_fields:
+            check_output_field(name)
+    except (ValueError, SyntaxError) as exc:
+        raise ConfigError(f"--signature {text!r} is no signature like 'text -> label': {exc}") from exc
+    except (TypeError, pydantic.PydanticUserError) as exc:
+        raise ConfigError(
+            f"--signature {text!r}: DSPy keeps names like 'instructions', 'signature' and '_x' for itself. Give the "
+            "field another name."
+        ) from exc
+    return signature
 
 
 def _settings(args: argparse.Namespace) -> PrepareConfig:

@@ -44,6 +44,8 @@ def _json(path: Path, _delimiter: str | None) -> Iterator[Entry]:
     except json.JSONDecodeError as exc:
         hint = " One object a line is JSON lines: name the file .jsonl." if exc.msg == "Extra data" else ""
         raise DataError(f"{path} is not JSON: {exc.msg} at line {exc.lineno}, column {exc.colno}.{hint}") from exc
+    except (ValueError, RecursionError) as exc:
+        raise DataError(f"{path} cannot be read: {exc}. Leave out the numbers or lists that long or deep.") from exc
     if isinstance(value, dict) and len(value) == 1:  # {"data": [...]}
         [value] = value.values()
     if not isinstance(value, list):
@@ -89,7 +91,8 @@ def _records(lines: Sequence[str], delimiter: str) -> Iterator[tuple[int, str, l
                 unclosed = str(exc) == "unexpected end of data"
                 problem = "a quote is never closed" if unclosed else f"not CSV: {exc} (lines {first + 1} to {last})"
                 start = first + 1 if unclosed else last
-                reader = csv.reader(lines[start:], delimiter=delimiter, strict=True)
+                rest = map(lines.__getitem__, range(start, len(lines)))
+                reader = csv.reader(rest, delimiter=delimiter, strict=True)
             if cells or problem:
                 yield first + 1, "".join(lines[first : start + reader.line_num]).rstrip("\r\n"), cells, problem
     finally:

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import dspy
 import pydantic
+import pydantic_core
 
 from dspy_lora.adapters.base import resolve_base
-from dspy_lora.errors import DataError, near
+from dspy_lora.errors import ConfigError, DataError, near
 from dspy_lora.prepare import folder as folders
 from dspy_lora.prepare import report as reports
 from dspy_lora.prepare.accept import Item, Reject, accept, check_columns
 from dspy_lora.prepare.duplicates import near_duplicates
-from dspy_lora.prepare.sources import SPLITS, Source, Split, read
+from dspy_lora.prepare.sources import SPLITS, Source, Split, on_disk, read
 from dspy_lora.prepare.split import Method, are_labels, split
 from dspy_lora.training.data import ChatExample, render
 from dspy_lora.training.rendering import Renderer, Row
@@ -51,7 +52,7 @@ class PrepareConfig(pydantic.BaseModel):
         dataset_name: Configuration of a Hugging Face data set that has several.
     """
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     columns: dict[str, str] = {}
     keep: tuple[str, ...] = ()
@@ -68,6 +69,13 @@ class PrepareConfig(pydantic.BaseModel):
     delimiter: str | None = pydantic.Field(default=None, min_length=1, max_length=1)
     dataset_name: str | None = None
 
+    @pydantic.field_validator("dev", "test")
+    @classmethod
+    def _check_part(cls, part: float) -> float:
+        if part > 1 and not part.is_integer():
+            raise pydantic_core.PydanticCustomError("part", "Give a share below 1, or a whole number of rows")
+        return part
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -80,6 +88,7 @@ class Prepared:
         signature: The task.
         adapter: The DSPy adapter that inference uses.
         demos: The few-shot examples that inference shows.
+        source: The file or folder that was read; None where there is none.
     """
 
     rows: dict[Split, list[Row]]
@@ -88,6 +97,7 @@ class Prepared:
     signature: type[dspy.Signature]
     adapter: dspy.Adapter
     demos: list[Row]
+    source: Path | None = None
 
     def examples(self, split: Split) -> list[ChatExample]:
         """The rows of a split as chat examples: what inference sends, and the answer it should get."""
@@ -108,15 +118,15 @@ class Prepared:
             The folder.
 
         Raises:
-            DataError: The folder exists, or holds something else.
+            DataError: The folder exists, holds something else, or is what was read.
             PublishError: The disk refused; nothing was changed.
         """
         path = Path(folder).expanduser().absolute()
-        folders.check(path, overwrite)
+        folders.check(path, overwrite, self.source)
         files = {f"{name}.jsonl": folders.lines(rows) for name, rows in self.rows.items()}
         files[folders.REJECTS] = folders.lines(reject.entry() for reject in self.rejects)
-        files[folders.REPORT] = json.dumps(self.report, indent=2, ensure_ascii=False) + "\n"
-        folders.write(path, files)
+        files[folders.REPORT] = folders.written(json.dumps(self.report, indent=2, ensure_ascii=False)) + "\n"
+        folders.write(path, files, overwrite)
         return path
 
 
@@ -146,7 +156,7 @@ def prepare(
         The rows of each split, what was set aside, and a report.
 
     Raises:
-        ConfigError: No such base model.
+        ConfigError: No such base model, or one whose tokenizer cannot be had.
         DataError: No such source or column, or no rows are left for a split.
         MissingDependencyError: The source needs a package that is not installed.
     """
@@ -172,9 +182,11 @@ def prepare(
         "duplicates": len(equal),
         "near_duplicates": len(nearly),
     }
-    warnings = found.warnings + _contradictions(items, signature)
+    warnings = found.warnings + _contradictions(items, signature) + _torn_groups(parts, config.group)
     report = _heading(found, renderer, config) | counts | _measure(parts, signature, meter, warnings)
-    return Prepared(rows, [*rejects, *equal, *nearly], report, signature, renderer.adapter, renderer.demos)
+    return Prepared(
+        rows, [*rejects, *equal, *nearly], report, signature, renderer.adapter, renderer.demos, on_disk(source)
+    )
 
 
 # -- the task ----------------------------------------------------------------------------------------------------------
@@ -268,6 +280,18 @@ def _split(items: Sequence[Item], signature: type[dspy.Signature], config: Prepa
     return {name: part for name, part in parts.items() if part}
 
 
+def _torn_groups(parts: dict[Split, list[Item]], column: str | None) -> list[str]:
+    """A warning about groups in several splits, which those have that the source gives."""
+    splits: dict[str | None, set[Split]] = {}
+    for name, part in parts.items():
+        for item in part:
+            splits.setdefault(item.group, set()).add(name)
+    torn = sum(len(found) > 1 for found in splits.values()) if column else 0
+    if not torn:
+        return []
+    return [f"{torn:,} group(s) of {column!r} occur in several of the given splits; --resplit splits anew, by group"]
+
+
 def _need_rows(items: Sequence[Item], rejects: Sequence[Reject], source: Source) -> None:
     if not items:
         shown = "; ".join(f"{reject.record.place}: {reject.reason}" for reject in rejects[:3])
@@ -321,5 +345,12 @@ def _tokenizer(base: str | None) -> "PreTrainedTokenizerBase | None":
         return None
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve_base(base).path)
+    found = resolve_base(base)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(found.path)
+    except (OSError, ValueError) as exc:
+        raise ConfigError(
+            f"base model {base!r}: its tokenizer is not on this disk and cannot be downloaded: {exc} Give the model's "
+            f"folder, bring it with `hf download {base}`, or name no base model, and characters are counted."
+        ) from exc
     return tokenizer

@@ -102,7 +102,7 @@ def read(source: str | Path | Iterable[Any], delimiter: str | None = None, name:
     if not isinstance(source, str | Path):
         return _in_memory(source)
     path = Path(source).expanduser()
-    if path.is_file():
+    if on_disk(source) and path.is_file():
         return Source(str(source), list(_file(path, delimiter)))
     if path.is_dir():
         files = _split_files(path)
@@ -110,6 +110,19 @@ def read(source: str | Path | Iterable[Any], delimiter: str | None = None, name:
     if path.suffix in READERS or not HUB_ID.fullmatch(str(source)):
         raise DataError(f"there is no file or folder {str(source)!r}. Give a path, or a Hugging Face data set's name.")
     return _data_set(str(source), None, name)
+
+
+def on_disk(source: Any) -> Path | None:
+    """The file or folder that a source is; None for a data set of the hub, and for rows in memory."""
+    if not isinstance(source, str | Path):
+        return None
+    path = Path(source).expanduser()
+    try:
+        return path.absolute() if path.exists() else None
+    except OSError as exc:
+        raise DataError(
+            f"source {str(source)[:80]!r} cannot be read: {exc.strerror}. Give a path that exists."
+        ) from exc
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

@@ -94,6 +94,10 @@ def parse_line(line: str, fields: Sequence[str] = ()) -> tuple[Row, str | None]:
         row = json.loads(line)
     except json.JSONDecodeError as exc:
         return {}, f"not JSON ({exc.msg} at column {exc.colno})"
+    except ValueError as exc:  # a number that Python does not read
+        return {}, f"not JSON that can be read ({str(exc).split(';')[0]})"
+    except RecursionError:
+        return {}, "not JSON that can be read (it is nested too deeply)"
     if not isinstance(row, dict):
         return {}, f"a JSON object is needed, not {line.strip()[:40]!r}"
     return row, missing(row, fields)

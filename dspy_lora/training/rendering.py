@@ -5,12 +5,14 @@ with the row's own outputs. So what is trained on is what is served, for every a
 """
 
 import json
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import dspy
 import pydantic
+import pydantic_core
 from dspy import lm15
 from dspy.adapters.utils import get_annotation_name, parse_value, serialize_for_json
 from dspy.utils.exceptions import AdapterParseError, DSPyError
@@ -69,13 +71,15 @@ class Renderer:
         """Renders one row.
 
         Raises:
-            DataError: The row lacks a field of the signature, a value does not fit its field's type, or DSPy would not
-                read the same answer back.
+            DataError: The row lacks a field of the signature, a value does not fit its field's type or cannot be
+                written as JSON, or DSPy would not read the same answer back.
         """
         if problem := missing(row, list(self.signature.fields)):
             raise DataError(f"{problem}; the signature {self.signature.signature!r} needs every field")
         inputs = {name: typed(name, row[name], field) for name, field in self.signature.input_fields.items()}
         outputs = {name: typed(name, row[name], field) for name, field in self.signature.output_fields.items()}
+        for name, value in (inputs | outputs).items():
+            _check_json(name, value)
         answer = self.adapter.format_assistant_message_content(self.signature, outputs)
         try:
             parsed = self._ask(inputs, answer)
@@ -113,9 +117,18 @@ def typed(name: str, value: Any, field: Any) -> Any:
         return parse_value(value, field.annotation)
     except pydantic.ValidationError as exc:
         problem = exc.errors()[0]["msg"]
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         problem = str(exc)
     raise DataError(f"{name!r} = {value!r} does not fit {get_annotation_name(field.annotation)}: {problem}")
+
+
+def _check_json(name: str, value: Any) -> None:
+    """Refuses what no file of rows and no tokenizer takes: other bytes than UTF-8, infinity, lone surrogates."""
+    try:
+        plain = pydantic_core.to_jsonable_python(value, inf_nan_mode="constants", fallback=str)
+        json.dumps(plain, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError) as exc:
+        raise DataError(f"{name!r} = {reprlib.repr(value)} cannot be written as JSON: {_first_line(exc)}") from exc
 
 
 def comparable(value: Any) -> str:
