@@ -2,12 +2,16 @@
 
 import json
 import pickle
+import sys
+from types import SimpleNamespace
 
 import pytest
 
 from dspy_lora.adapters.base import Base
 from dspy_lora.config import load_config
 from dspy_lora.engine import arguments
+from dspy_lora.engine.host import Host
+from dspy_lora.engine.protocol import Generate
 from dspy_lora.engine.settings import check_engine_args, engine_settings
 from dspy_lora.errors import ConfigError
 
@@ -135,3 +139,25 @@ def test_graphs_on_a_gpu_go_beyond_vllm_s_unless_the_user_says_something_of_them
     sizes = arguments._cuda_args({"max_loras": 4})["cudagraph_capture_sizes"]
     assert sizes == sorted(set(sizes)) and {1, 256, 512, 2048} < set(sizes) and sizes[-1] == 2048
     assert "cudagraph_capture_sizes" not in arguments._cuda_args(given)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "asked", "most", "least"),
+    [
+        (97, {"max_tokens": 16, "min_tokens": 16}, 3, 3),
+        (97, {"min_tokens": 16}, 3, 3),
+        (50, {"max_tokens": 16, "min_tokens": 4}, 16, 4),
+        (50, {"max_tokens": 16, "min_tokens": 20}, 16, 20),  # vLLM says what is wrong with that
+        (50, {}, 50, 0),
+    ],
+)
+def test_an_answers_length_is_cut_to_what_the_context_leaves(monkeypatch, prompt, asked, most, least):
+    kinds = SimpleNamespace(DELTA=1, FINAL_ONLY=2)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=dict))
+    monkeypatch.setitem(
+        sys.modules, "vllm.sampling_params", SimpleNamespace(RequestOutputKind=kinds, StructuredOutputsParams=dict)
+    )
+    host = Host.__new__(Host)
+    host.max_model_len, host.parsers = 100, SimpleNamespace(sampling=lambda _: {})
+    found = host.sampling_params(Generate(1, [], asked), prompt)
+    assert (found["max_tokens"], found["min_tokens"]) == (most, least)

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import shutil
+import tracemalloc
 
 import dspy
 import numpy as np
@@ -26,7 +27,7 @@ from dspy_lora.errors import (
     UnknownAdapterError,
     UnknownDomainError,
 )
-from dspy_lora.evaluation import command, overhead, scores
+from dspy_lora.evaluation import command, overhead, scores, systems
 from dspy_lora.evaluation.adapter import evaluate_adapter, with_perplexity
 from dspy_lora.evaluation.answers import Turn, ask, timed
 from dspy_lora.evaluation.confusion import NONE, OTHER, Confusion
@@ -34,6 +35,8 @@ from dspy_lora.evaluation.cost import Parameters, TrainingCost
 from dspy_lora.evaluation.likelihood import Likelihoods
 from dspy_lora.evaluation.overhead import Spread, measure_overhead
 from dspy_lora.evaluation.scores import compare_exact_match, compare_macro_f1, compare_perplexity, label_scores
+from dspy_lora.evaluation.suspects import Suspect
+from dspy_lora.evaluation.systems import SystemsReport
 from dspy_lora.training.data import render
 from dspy_lora.training.run import read_card
 
@@ -189,6 +192,17 @@ def test_a_label_that_a_resample_does_not_hold_counts_for_nothing_there():
     assert macro_f1(truth, truth, ["often"] * 31).adapter == scores.Estimate(1.0, None, None)
 
 
+def test_resamples_and_swaps_are_in_memory_one_part_at_a_time(monkeypatch):
+    monkeypatch.setattr(scores, "_CELLS", 100_000)  # 0.8 MB; all of them have 96 MB
+    truth = ["a", "b"] * 500
+    tracemalloc.start()
+    try:
+        compare_macro_f1(truth, truth, truth[::-1])
+        assert tracemalloc.get_traced_memory()[1] < 10e6
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize("compare", [compare_exact_match, compare_macro_f1, label_scores])
 def test_no_rows_and_uneven_answers_are_refused(compare):
     with pytest.raises(DataError, match="at least one row"):
@@ -291,8 +305,17 @@ def test_the_picture_is_drawn_with_labels_that_look_like_mathematics(tmp_path):
     pytest.importorskip("matplotlib")
     matrix = Confusion.of(["$x", "b_2", "a label that is far too long to be shown in full"], ["b_2", "", "$x"])
     assert matrix.answers[-2:] == (OTHER, NONE)
-    matrix.draw(tmp_path / "it.png", "legal@1 $5 and ^")
-    assert (tmp_path / "it.png").read_bytes()[:4] == b"\x89PNG"
+    for title in ("legal@1 $5 and ^", "a$_$b", r"\$\frac$"):
+        matrix.draw(tmp_path / "it.png", title)
+        assert (tmp_path / "it.png").read_bytes()[:4] == b"\x89PNG"
+        (tmp_path / "it.png").unlink()
+
+
+def test_labels_that_are_called_as_the_special_columns_keep_their_own():
+    matrix = Confusion.of(["(other)", "(other)", "(none)"], ["(other)", "x", ""])
+    assert matrix.labels == ("(other)", "(none)")
+    assert matrix.answers == ("(other)", "(none)", "((other))", "((none))")
+    assert matrix.counts == ((1, 0, 1, 0), (0, 0, 0, 1))
 
 
 # -- time --------------------------------------------------------------------------------------------------------------
@@ -525,11 +548,42 @@ def test_the_command_reports_on_the_published_adapter(evaluate, lms, rows_file, 
         assert words in markdown
     assert (tmp_path / "out" / "confusion.png").is_file()
     answers = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
-    assert answers[1] == {"reference": "audit rights", "adapter": "audit rights", "base": "term"}
+    given = {"row": 2, "reference": "audit rights", "adapter": "audit rights", "base": "term"}
+    assert answers[1] == given | {"adapter_problem": None, "base_problem": None}
     assert "macro-F1" in out and "1,105,920" in out
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
         "answers.jsonl", "confusion.png", "report.json", "report.md",
     ]  # fmt: skip
+
+
+def test_an_answer_that_is_missing_says_why(evaluate, rows_file, tmp_path, monkeypatch):
+    def make(model, domain=None, **_):
+        lm = right() if domain else Mute()
+        lm.kill = lambda: None
+        return lm
+
+    monkeypatch.setattr(command, "LoRALM", make)
+    evaluate("--domain", "legal", "--test-data", rows_file, *FAST, "--turns", "0", "--no-picture")
+    answer = json.loads((tmp_path / "out" / "answers.jsonl").read_text().splitlines()[0])
+    assert (answer["adapter_problem"], answer["base_problem"]) == (None, "unparsed")
+
+
+def test_perplexity_fails_before_anyone_is_asked(evaluate, lms, rows_file, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(command, "likelihoods", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        evaluate("--domain", "legal", "--test-data", rows_file)
+    assert not lms
+
+
+def test_a_picture_of_an_earlier_report_goes(evaluate, lms, rows_file, tmp_path):
+    words = ("--domain", "legal", "--test-data", rows_file, *FAST, "--turns", "0")
+    evaluate(*words)
+    assert (tmp_path / "out" / "confusion.png").exists()
+    evaluate(*words, "--no-picture")
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["answers.jsonl", "report.json", "report.md"]
 
 
 def test_a_rate_gives_the_cost_of_the_published_training(evaluate, lms, rows_file, tmp_path):
@@ -585,6 +639,12 @@ def test_what_is_wrong_is_said_before_anything_runs(evaluate, lms, rows_file, tm
         ((*ok, "--systems", "legal"), "is for --irt"),
         ((*ok, "--run", tmp_path), "--rate"),
         ((*ok, "--irt", "--rate", "1"), "--irt compares published"),
+        *(
+            ((*ok, mode, *each), "leave --turns, --no-perplexity and --no-picture out")
+            for mode in ("--irt", "--retention")
+            for each in (("--turns", "5"), ("--no-perplexity",), ("--no-picture",))
+        ),
+        ((*ok, "--adapter-path", tmp_path, "--registry", tmp_path), "Leave --registry out"),
         ((*ok, "--rate", "-1"), "0 or more"),
     ):
         with pytest.raises(ConfigError, match=says):
@@ -663,7 +723,11 @@ def graded(monkeypatch):
     return refs
 
 
-def test_irt_ranks_the_systems_and_names_the_row_that_looks_mislabelled(graded, evaluate, rows_file, tmp_path):
+def test_irt_ranks_the_systems_and_names_the_row_that_looks_mislabelled(
+    graded, evaluate, rows_file, tmp_path, caplog, monkeypatch
+):
+    seen, real = [], systems.suspicious_items
+    monkeypatch.setattr(systems, "suspicious_items", lambda *both: seen.append(both) or real(*both))
     out = evaluate("--domain", "legal", "--test-data", rows_file, "--irt")
     state = json.loads((tmp_path / "out" / "irt.json").read_text())
     assert len(state["systems"]) == 13 and state["model"] == "2pl"
@@ -675,6 +739,11 @@ def test_irt_ranks_the_systems_and_names_the_row_that_looks_mislabelled(graded, 
     assert len(state["scores"]["base"]) == 24 and set(state["scores"]["base"]) <= {0, 1}
     assert "Rows that tell these systems apart" in out and "row 5" in out
     assert "ability, logits [95 %]" in (tmp_path / "out" / "irt.md").read_text()
+    assert "24 items" in out and "24 items" not in caplog.text  # a note, not logged beside it
+    assert "Rows that look mislabelled:" in out
+    one = Suspect("row 5", "term: clause", 0.9, -0.5, 0.5)
+    many = SystemsReport("legal", "f", *seen[0], (one,) * 11)
+    assert "Rows that look mislabelled (the first 10 of 11" in many.to_text()
 
 
 def test_irt_takes_the_systems_that_are_named(graded, evaluate, rows_file, tmp_path, caplog):

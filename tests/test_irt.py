@@ -26,6 +26,7 @@ from dspy_lora.evaluation import (
 from dspy_lora.evaluation.held_out import auc, calibration_error, log_loss
 from dspy_lora.evaluation.marginal import ABILITY_SD, DIFFICULTY_SPREAD, DISCRIMINATION_SPREAD, MarginalLikelihood
 from dspy_lora.evaluation.suspects import point_biserial
+from dspy_lora.evaluation.systems import SystemsReport
 
 NAN = float("nan")
 NORMAL_95 = 1.96
@@ -218,6 +219,27 @@ def test_few_systems_get_rasch_and_a_warning(twelve, caplog):
     assert fit_irt(twelve.responses.select(twelve.responses.systems[:8])).model == "2pl"
 
 
+def test_systems_that_are_all_alike_get_rasch_and_finite_figures():
+    responses = Responses.from_matrix(np.random.default_rng(0).random((30, 20)) < 0.5)
+    fit = fit_irt(responses)
+    assert fit.model == "rasch"
+    assert "2PL comes to no estimate on these scores" in " ".join(fit.warnings)
+    assert (fit.standard_errors > 0.1).all()
+    report = SystemsReport("legal", "test.jsonl", responses, fit, tuple(suspicious_items(responses, fit)))
+    assert all(each["standard_error"] > 0.1 for each in json.loads(report.to_json())["systems"])
+
+
+def test_a_2pl_fit_that_came_to_no_estimate_says_so_and_writes_no_nan(monkeypatch):
+    made = simulate(8, 12, seed=1)
+    monkeypatch.setattr(MarginalLikelihood, "covariance", lambda *_: np.diag([-0.1] + [0.1] * 9))
+    fit = fit_irt(made.responses, "2pl")
+    assert fit.model == "2pl"
+    assert "not positive definite" in fit.warnings[-1]
+    assert np.isnan(fit.standard_errors).tolist() == [True] + [False] * 7
+    systems = json.loads(SystemsReport("legal", "test.jsonl", made.responses, fit, ()).to_json())["systems"]
+    assert {each["system"]: each["standard_error"] for each in systems}["system-0"] is None
+
+
 def test_what_the_data_cannot_say_is_said():
     scores = np.full((8, 20), NAN)
     scores[:4, :10] = np.tile([1, 0], 5)
@@ -285,6 +307,17 @@ def test_uncertain_items_answer_nearer_to_one_half_and_tell_less(twelve_fit):
     assert items.information(theta) == pytest.approx(step**2 / (p * (1 - p)), rel=1e-4)
 
 
+def test_a_graded_score_varies_by_its_items_uncertainty_too():
+    covariance = np.array([[0.5, 0.15], [0.15, 0.2]])
+    items = Items(("i",), ("i",), np.array([1.0]), np.array([0.3]), covariance[None], dispersion=0.05)
+    random = np.random.default_rng(0)
+    b, log_a = random.multivariate_normal([1.0, 0.3], covariance, 400_000).T
+    p = sigmoid(np.exp(log_a) * (0.2 - b))
+    scores = random.beta(19 * p, 19 * (1 - p))  # of variance 0.05 p (1 - p)
+    slope = (np.exp(log_a) * p * (1 - p)).mean()
+    assert items.information(0.2)[0] == pytest.approx(slope**2 / scores.var(), rel=0.02)
+
+
 def test_telling_items_and_anchors(twelve_fit):
     first, *_ = twelve_fit.telling_items(3)
     information = twelve_fit.items.information(twelve_fit.abilities).mean(1)
@@ -331,6 +364,7 @@ def test_held_out_refuses_what_it_cannot_do(twelve):
     np.fill_diagonal(diagonal, 1)
     with pytest.raises(DataError, match="no cell can be held out"):
         held_out_fit(Responses.from_matrix(diagonal))
+    assert held_out_fit(Responses.from_matrix([[1, 0], [0, 1]])).cells == 1  # a tenth of four cells is less than one
 
 
 # -- items that look mislabelled ---------------------------------------------------------------------------------------
@@ -413,6 +447,41 @@ def test_answers_that_contradict_those_before_do_not_run_off_the_grid():
     items = known_items(np.repeat([2.0, -2.0], [100, 600]), np.repeat([4.0, 2.0], [100, 600]))
     scores = [float(at < 100 and at % 2) for at in range(700)]  # an ability of 2, then one below -2
     assert as_exact_as_a_fine_grid(items, scores, every=10).ability < -1
+
+
+def test_the_posterior_of_graded_scores_is_that_of_dispersions_which_are_their_mean_over_it():
+    covariance = np.array([[[0.5, 0.15], [0.15, 0.2]], [[1.0, 0.0], [0.0, 0.0]], np.zeros((2, 2))])
+    items = Items(tuple("abc"), tuple("abc"), np.array([1.0, -0.5, 0.0]), np.array([0.3, 0.0, 0.2]), covariance, 0.05)
+    scores = {"a": 0.3, "b": 0.9, "c": 0.6}
+    theta = np.linspace(-9, 9, 20_001)
+    p, _, variance = items.answer(theta)
+    each = 0.05 + 0.95 * variance / (p * (1 - p))
+    x, dispersion = np.array([*scores.values()])[:, None], np.full((3, 1), 0.05)
+    for _ in range(50):
+        density = np.exp(((x * np.log(p) + (1 - x) * np.log1p(-p)) / dispersion).sum(0) - (theta / 1.5) ** 2 / 2)
+        density /= density.sum()
+        dispersion = (each @ density)[:, None]
+    mean = density @ theta
+    error = np.sqrt(density @ (theta - mean) ** 2)
+    for order in ("abc", "bca", "cba"):
+        test = AdaptiveTest(items, target_se=0.001)
+        for name in order:
+            test.record(name, scores[name])
+        assert (test.ability, test.standard_error) == pytest.approx((mean, error), abs=1e-6)
+
+
+def test_graded_scores_on_uncertain_items_have_honest_errors():
+    random, ratios = np.random.default_rng(0), []
+    names, guess, sd = tuple(map(str, range(25))), random.normal(0, 1.0, 25), 0.8
+    covariance = np.tile(np.diag([sd**2, 0.0]), (25, 1, 1))
+    items = Items(names, names, guess, np.zeros(25), covariance, dispersion=0.05)
+    for ability in random.normal(0, 1.0, 80):
+        test = AdaptiveTest(items, target_se=0.001, prior=(0.0, 1.0))
+        p = sigmoid(ability - random.normal(guess, sd))
+        for name, score in zip(names, random.beta(19 * p, 19 * (1 - p)), strict=True):
+            test.record(name, score)
+        ratios.append((test.ability - ability) / test.standard_error)
+    assert np.sqrt(np.mean(np.square(ratios))) < 1.1
 
 
 def test_the_most_informative_item_comes_first_and_anchors_before_it():
@@ -528,6 +597,23 @@ def test_equal_examples_of_one_devset_stay_apart():
     first = found.items[0]
     assert found.items == (first, f"{first}#2", f"{first}#3")
     assert found.scores == pytest.approx(np.array([[1, 0, NAN], [1, NAN, 0.25]]), nan_ok=True)
+
+
+def test_an_id_made_for_an_equal_example_is_nobody_elses():
+    rows = [(dspy.Example(id=name), dspy.Prediction(), 1) for name in ("a", "a", "a#2")]
+    for results in ([rows], [rows[:2], rows[2:]]):
+        given = {str(n): dspy.evaluate.EvaluationResult(0.0, each) for n, each in enumerate(results)}
+        with pytest.raises(DataError, match=r"'a#2' is that of an example.*own value of 'id'"):
+            Responses.from_evaluations(given, item_field="id")
+
+
+def test_content_that_makes_no_id_or_no_utf_8(tmp_path):
+    with pytest.raises(DataError, match=r"makes no id.*item_field"):
+        Responses.from_evaluations({"a": evaluation(1, question={1: 2, "b": 3})})
+    half = Responses.from_evaluations({name: evaluation(1, 0, question="\ud800") for name in "ab"})
+    fit = fit_irt(half)
+    fit.save(tmp_path / "fit.json")
+    assert IRTFit.load(tmp_path / "fit.json").items.titles == half.titles == ("\ud800",) * 2
 
 
 def test_scores_that_are_none_or_out_of_range_are_refused():

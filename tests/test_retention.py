@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dspy_lora.adapters.base import SEEDLING_FOLDER, resolve_base
-from dspy_lora.adapters.registry import AdapterRegistry
+from dspy_lora.adapters.registry import PACKAGED_ROOT, AdapterRegistry
 from dspy_lora.config import load_config
-from dspy_lora.errors import ConfigError, DataError
+from dspy_lora.errors import AdapterError, ConfigError, DataError
 from dspy_lora.evaluation import command, exam, retention, text
 from dspy_lora.evaluation.exam import OTHERS, OWN, RULES, STRUCTURE, Exam, TaskSet, domain_sets
 from dspy_lora.evaluation.full_copy import find_copy
@@ -219,6 +219,8 @@ def test_a_copy_of_the_same_rows_and_steps_is_found(full_run):
         ("data", "sha256", {"train": "other"}, r"rows \(SHA-256\) {'train': 'other'}, not"),
         ("result", "steps", 7, "steps 7, not"),
         ("config", "batch_size", 5, "batch_size 5, not"),
+        ("config", "noisy_copies", 0, "noisy_copies 0, not 3"),
+        ("config", "adapter", "JSONAdapter", "adapter 'JSONAdapter', not 'ChatAdapter'"),
     ],
 )
 def test_a_copy_of_another_training_is_refused(full_run, part, key, value, says):
@@ -312,12 +314,33 @@ def test_what_is_left_out_is_said(evaluate, rows_file, tmp_path):
         assert flag in shown and flag in (tmp_path / "out" / "retention.md").read_text()
 
 
+def test_another_base_and_malformed_rows_are_found_before_the_text_is_read(evaluate, tmp_path, monkeypatch):
+    config = load_config()
+    for name, rows in (("legal", ROWS), ("financial", [{"text": "a"}])):
+        folder = tmp_path / "data" / config.domain(name).data
+        folder.mkdir(parents=True)
+        (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "plain.txt").write_text(PLAIN)
+    read = []
+    monkeypatch.setattr(command, "text_likelihoods", lambda *each: read.append(each))
+    words = ("--retention", "--data-root", tmp_path / "data", "--text", tmp_path / "plain.txt")
+    with pytest.raises(DataError, match=r"line 1: .*'label'"):
+        evaluate(*words)
+    base = tmp_path / "base"
+    shutil.copytree(resolve_base("seedling").folder, base)
+    (base / "config.json").write_text((base / "config.json").read_text() + "\n")  # another revision
+    with pytest.raises(AdapterError, match=r"was made for base 'seedling'.*--base-model"):
+        evaluate(*words, "--base-model", base, "--registry", PACKAGED_ROOT)
+    assert not read
+
+
 def test_flags_that_do_not_go_together_are_refused(evaluate, rows_file):
     for words, says in (
         (("--text", rows_file), "are for --retention"),
         (("--full-copy", rows_file), "are for --retention"),
-        (("--retention", "--irt"), "leave --irt and --rate out"),
-        (("--retention", "--rate", "1"), "leave --irt and --rate out"),
+        (("--retention", "--irt"), "leave --irt, --rate and --run out"),
+        (("--retention", "--rate", "1"), "leave --irt, --rate and --run out"),
+        (("--retention", "--run", rows_file), "leave --irt, --rate and --run out"),
     ):
         with pytest.raises(ConfigError, match=says):
             evaluate("--test-data", rows_file, *words)

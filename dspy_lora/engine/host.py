@@ -158,13 +158,14 @@ class Host:
         return prompt
 
     def sampling_params(self, request: Generate, prompt_tokens: int) -> Any:
-        """vLLM's parameters, ``max_tokens`` cut to what the context leaves."""
+        """vLLM's parameters, ``max_tokens`` and ``min_tokens`` cut to what the context leaves."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
         sampling = dict(request.sampling)
         room = self.max_model_len - prompt_tokens
         sampling["max_tokens"] = min(sampling.get("max_tokens") or room, room)
+        sampling["min_tokens"] = min(sampling.get("min_tokens") or 0, room)
         if structured := sampling.pop("structured_outputs", None):
             structured = bounded(structured, self.engine.vllm_config.structured_outputs_config)
             sampling["structured_outputs"] = StructuredOutputsParams(**structured)

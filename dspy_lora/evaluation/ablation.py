@@ -69,7 +69,7 @@ class Ablation:
             spent: What each variant's steps took.
             seed: Of the resamples.
         """
-        fit = fit_irt(responses) if len(responses.systems) > 1 else None
+        fit = fit_irt(responses, log=False) if len(responses.systems) > 1 else None  # the warnings are in the tables
         first = responses.scores[0]
         systems = []
         for name, scores in zip(responses.systems, responses.scores, strict=True):

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from dspy_lora.errors import ConfigError, DataError
 from dspy_lora.evaluation.irt import IRTFit
-from dspy_lora.evaluation.items import Items, fisher
+from dspy_lora.evaluation.items import Items, dispersions, fisher
 
 Array = NDArray[np.float64]
 
@@ -16,6 +16,8 @@ _SMALLEST_P = 1e-12
 _POINTS = 101  # of the grid of abilities
 _REACH = 6.0  # standard deviations on each side
 _MOST_OFF = 0.25  # of the grid, from its middle to the posterior's
+_ROUNDS = 20
+_SETTLED = 1e-9  # logits
 
 
 class AdaptiveTest:
@@ -25,7 +27,9 @@ class AdaptiveTest:
     sum over steps of up to a standard deviation is exact to eight digits. The next item is the one with the most Fisher
     information, averaged over the posterior (Veerkamp & Berger 1997, J. Educ. Behav. Stat. 22). Items whose
     parameters are uncertain tell less and are counted as less (``Items.probability``), so the standard error is not too
-    small on a bank from few systems.
+    small on a bank from few systems. Of graded scores each item's log-likelihood is divided by the item's own
+    dispersion (``items.dispersions``), its mean over the posterior that comes out: one that changed with the ability
+    inside the likelihood would itself speak for some abilities.
 
     Args:
         items: The calibrated bank.
@@ -64,6 +68,7 @@ class AdaptiveTest:
         self._anchors = [items.item(name) for name in anchors]
         self._prior = prior
         self._open = np.ones(len(items.names), dtype=bool)
+        self._asked: list[int] = []
         self._lay_grid(*prior)
 
     @classmethod
@@ -89,7 +94,11 @@ class AdaptiveTest:
 
     @property
     def standard_error(self) -> float:
-        """The posterior's standard deviation, in logits."""
+        """The posterior's standard deviation, in logits: of the ability on the bank's scale.
+
+        Where that scale lies is uncertain too, more so on a bank from few systems; it is the same for all systems on
+        the bank and not counted here.
+        """
         return float(np.sqrt(self.posterior @ (self._grid - self.ability) ** 2))
 
     @property
@@ -154,7 +163,8 @@ class AdaptiveTest:
             raise DataError(f"the score {score!r} on item {item!r}; allowed is 0 to 1.")
         self._open[j] = False
         self.scores[item] = score
-        self._log_posterior += self._log_likelihood(item)
+        self._asked.append(j)
+        self._weigh()
         self._fit_grid()
 
     def run(self, ask: Callable[[list[str]], Sequence[float]], *, batch: int = 1) -> "AdaptiveTest":
@@ -192,12 +202,22 @@ class AdaptiveTest:
 
     def _lay_grid(self, middle: float, spread: float) -> None:
         self._grid = middle + spread * np.linspace(-_REACH, _REACH, _POINTS)
-        p, slope = self.items.answer(self._grid)
-        self._information = fisher(p, slope, self.items.dispersion)
+        p, slope, variance = self.items.answer(self._grid)
+        self._dispersions = dispersions(p, variance, self.items.dispersion)
+        self._information = fisher(p, slope, self._dispersions)
         self._p = p.clip(_SMALLEST_P, 1 - _SMALLEST_P)
-        log_prior = -(((self._grid - self._prior[0]) / self._prior[1]) ** 2) / 2
-        self._log_posterior: Array = sum((self._log_likelihood(name) for name in self.scores), log_prior)
+        self._weigh()
 
-    def _log_likelihood(self, item: str) -> Array:
-        j, score = self.items.item(item), self.scores[item]
-        return (score * np.log(self._p[j]) + (1 - score) * np.log1p(-self._p[j])) / self.items.dispersion
+    def _weigh(self) -> None:
+        """Takes the posterior of all scores, first as if the items were known, then until their dispersions settle."""
+        score, p = np.array([*self.scores.values()], dtype=np.float64)[:, None], self._p[self._asked]
+        log_likelihood = score * np.log(p) + (1 - score) * np.log1p(-p)  # (answers, grid)
+        log_prior = -(((self._grid - self._prior[0]) / self._prior[1]) ** 2) / 2
+        dispersion = np.full_like(score, self.items.dispersion)
+        self._log_posterior: Array = np.vstack([log_prior, log_likelihood / dispersion]).sum(0)
+        for _ in range(_ROUNDS if self.items.dispersion < 1 else 0):
+            before = self.ability
+            dispersion = (self._dispersions[self._asked] @ self.posterior)[:, None]
+            self._log_posterior = np.vstack([log_prior, log_likelihood / dispersion]).sum(0)
+            if abs(self.ability - before) < _SETTLED:
+                break

@@ -24,7 +24,7 @@ from dspy_lora.evaluation.confusion import require_matplotlib
 from dspy_lora.evaluation.cost import Parameters, TrainingCost
 from dspy_lora.evaluation.exam import ANSWER_TOKENS, Exam, TaskSet, domain_sets, take_exam
 from dspy_lora.evaluation.full_copy import find_copy
-from dspy_lora.evaluation.likelihood import likelihoods, require_packages
+from dspy_lora.evaluation.likelihood import free_gpu, likelihoods, require_packages
 from dspy_lora.evaluation.overhead import TURNS
 from dspy_lora.evaluation.report import Report, write_files, write_report
 from dspy_lora.evaluation.retention import ADAPTER, COPY, Retention, compare_systems
@@ -61,9 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     # `args.run` is the command itself (cli.py).
     parser.add_argument("--run", type=Path, dest="run_folder", metavar="FOLDER", help="the training run, for its cost")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="for the reports (default: reports/<domain>)")
-    parser.add_argument(
-        "--turns", type=int, default=TURNS, help="turns to take the time, 0: none (default: %(default)s)"
-    )
+    parser.add_argument("--turns", type=int, metavar="N", help=f"turns to take the time, 0: none (default: {TURNS})")
     parser.add_argument("--no-perplexity", action="store_true", help="do not load the model a second time for it")
     parser.add_argument("--no-picture", action="store_true", help="write no picture of the confusion matrix")
     parser.add_argument("--irt", action="store_true", help="instead: many adapters and the base, on a common scale")
@@ -133,16 +131,23 @@ def run(args: argparse.Namespace) -> int:
 def _check_flags(args: argparse.Namespace) -> None:
     if args.rows is not None and args.rows < 1:
         raise ConfigError(f"--rows {args.rows}: ask for at least one row.")
-    if args.turns < 0:
+    if args.turns is not None and args.turns < 0:
         raise ConfigError(f"--turns {args.turns}: 0 takes no time, 1 or more do.")
+    if args.adapter_path and args.registry:
+        raise ConfigError("--adapter-path names a folder that is in no registry. Leave --registry out.")
     if args.systems and not args.irt:
         raise ConfigError("--systems is for --irt. Add --irt, or leave it out.")
     if args.irt and (args.adapter_path or args.rate is not None or args.run_folder):
         raise ConfigError("--irt compares published adapters: leave --adapter-path, --rate and --run out.")
     if (args.full_copy or args.text) and not args.retention:
         raise ConfigError("--full-copy and --text are for --retention. Add --retention, or leave them out.")
-    if args.retention and (args.irt or args.rate is not None):
-        raise ConfigError("--retention measures neither ability nor cost: leave --irt and --rate out.")
+    if args.retention and (args.irt or args.rate is not None or args.run_folder):
+        raise ConfigError("--retention measures neither ability nor cost: leave --irt, --rate and --run out.")
+    if (args.irt or args.retention) and (args.turns is not None or args.no_perplexity or args.no_picture):
+        raise ConfigError(
+            "--irt and --retention take no time, no perplexity of the rows and draw no picture: leave --turns, "
+            "--no-perplexity and --no-picture out."
+        )
     if args.run_folder and args.rate is None:
         raise ConfigError("--run gives the training's GPU-hours: give --rate, the dollars of one, too.")
 
@@ -175,7 +180,9 @@ def _adapter(args: argparse.Namespace, config: Config, base: Base) -> Iterator[t
     """The adapter and the registry that it is in: one of its own, for as long as it is needed, for a folder."""
     if args.adapter_path is None:
         place = args.registry or config.registry
-        yield AdapterRegistry(place).resolve(args.domain), place
+        revision = AdapterRegistry(place).resolve(args.domain)
+        revision.check_base(base, "Give its own base with --base-model")
+        yield revision, place
         return
     try:
         metadata = record(args.adapter_path.parent)
@@ -200,6 +207,10 @@ def _run_one(
     cost = _cost(args, revision)
     parameters = Parameters.of(revision.path, base)
     longest, typical = _lengths(base, task.examples)
+    found = None
+    if not args.no_perplexity:  # before the answers, which take long and would be lost
+        found = likelihoods(base, revision.path, task.examples)
+        free_gpu()  # for the engine
     # Not the cache's answers: they would be there for one system and not for the other.
     settings: dict[str, Any] = {"registry": registry, "max_tokens": longest + _SPARE_TOKENS, "cache": False}
     ours = LoRALM(base.name, domain=revision.ref, **settings)
@@ -207,12 +218,12 @@ def _run_one(
     try:
         evaluation = evaluate_adapter(
             ours, theirs, task.signature, task.rows,
-            labelled=task.labelled, turns=args.turns, answer_tokens=typical,
+            labelled=task.labelled, turns=TURNS if args.turns is None else args.turns, answer_tokens=typical,
         )  # fmt: skip
     finally:
-        ours.kill()  # its memory is needed for the perplexity
-    if not args.no_perplexity:
-        evaluation = with_perplexity(evaluation, likelihoods(base, revision.path, task.examples))
+        ours.kill()
+    if found:
+        evaluation = with_perplexity(evaluation, found)
     report = _report(args, task, base, revision, evaluation, parameters, cost)
     write_report(report, folder, picture=not args.no_picture)
     print(report.to_text())
@@ -298,13 +309,14 @@ def _run_retention(
     folder: Path,
 ) -> None:
     copy = find_copy(args.full_copy, base, revision) if args.full_copy else None
-    likelihoods = None
-    if args.text:  # before the exam, which takes long and would be lost
-        require_packages()
-        likelihoods = text_likelihoods(text_windows(read_text(args.text), base), base, revision.path, copy)
     others = {} if args.data_root is None else domain_sets(config, args.domain, args.data_root, args.rows)
     exam = Exam(TaskSet(task.signature, task.rows), others)
     longest = max(_lengths(base, render(each.signature, each.rows))[0] for each in (exam.own, *others.values()))
+    found = None
+    if args.text:  # before the exam, which takes long and would be lost
+        require_packages()
+        found = text_likelihoods(text_windows(read_text(args.text), base), base, revision.path, copy)
+        free_gpu()
     settings: dict[str, Any] = {"max_tokens": max(longest + _SPARE_TOKENS, ANSWER_TOKENS), "cache": False}
     lms = {
         BASE: LoRALM(base.name, registry=registry, **settings),
@@ -313,7 +325,7 @@ def _run_retention(
     marks = take_exam(exam, lms)
     systems = {BASE: f"{base.name}@{base.revision}", ADAPTER: str(args.adapter_path or revision.ref)}
     systems |= {COPY: str(args.full_copy)} if copy else {}
-    report = Retention(task.domain.name, systems, *compare_systems(marks, likelihoods))
+    report = Retention(task.domain.name, systems, *compare_systems(marks, found))
     state = json.dumps(report.to_json(), indent=2, ensure_ascii=False) + "\n"
     write_files(folder, {"retention.json": state, "retention.md": report.to_markdown()})
     print(report.to_text())

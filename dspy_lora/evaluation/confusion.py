@@ -18,7 +18,8 @@ class Confusion:
 
     Attributes:
         labels: References, the most frequent first, then ``(other)`` where labels are left.
-        answers: The same labels, then ``(other)`` for any other answer and ``(none)`` for no answer.
+        answers: The same labels, then ``(other)`` for any other answer and ``(none)`` for no answer. Both get more
+            brackets where a label is called so.
         counts: Rows of the test set, labels x answers.
     """
 
@@ -37,13 +38,14 @@ class Confusion:
         """
         support = sorted(Counter(truth).items(), key=lambda pair: (-pair[1], pair[0]))
         shown = [label for label, _ in support[:most]]
-        labels = (*shown, OTHER) if len(support) > len(shown) else tuple(shown)
-        answers = (*shown, OTHER, NONE)
+        other, none = (_free(name, shown) for name in (OTHER, NONE))
+        labels = (*shown, other) if len(support) > len(shown) else tuple(shown)
+        answers = (*shown, other, none)
 
         def cell(label: str) -> str:
-            return label if label in shown else OTHER
+            return label if label in shown else other
 
-        pairs = Counter((cell(a), cell(b) if b else NONE) for a, b in zip(truth, given, strict=True))
+        pairs = Counter((cell(a), cell(b) if b else none) for a, b in zip(truth, given, strict=True))
         return cls(labels, answers, tuple(tuple(pairs[label, answer] for answer in answers) for label in labels))
 
     def draw(self, path: Path, title: str) -> None:
@@ -68,7 +70,7 @@ class Confusion:
         axes.set_yticks(range(len(self.labels)), map(_short, self.labels), fontsize=8)
         axes.set_xlabel("answer")
         axes.set_ylabel("label")
-        axes.set_title(title, fontsize=10)
+        axes.set_title(_literal(title), fontsize=10)
         figure.savefig(path, dpi=120, format="png")
 
 
@@ -84,5 +86,12 @@ def require_matplotlib() -> None:
 
 
 def _short(label: str) -> str:
-    text = label if len(label) <= _WIDTH else label[: _WIDTH - 1] + "…"
+    return _literal(label if len(label) <= _WIDTH else label[: _WIDTH - 1] + "…")
+
+
+def _literal(text: str) -> str:
     return text.replace("$", r"\$")  # matplotlib would read mathematics
+
+
+def _free(name: str, taken: Sequence[str]) -> str:
+    return name if name not in taken else _free(f"({name})", taken)

@@ -10,8 +10,9 @@ from dspy_lora.errors import ConfigError
 from dspy_lora.training.full import MODEL_FOLDER
 from dspy_lora.training.run import read_card
 
-# Settings of a run that decide which rows a step sees. What one of the two records does not hold is not compared.
-_SAME = ("signature", "demos", "batch_size", "max_length", "seed")
+# Settings of a run that decide which rows a step sees, and how they are written. What one of the two records does not
+# hold is not compared.
+_SAME = ("signature", "adapter", "demos", "noisy_copies", "batch_size", "max_length", "seed")
 
 
 def find_copy(run_folder: Path, base: Base, adapter: Revision) -> Base:
@@ -43,7 +44,7 @@ def find_copy(run_folder: Path, base: Base, adapter: Revision) -> Base:
         differences = "; ".join(f"{name} {copied[name]!r}, not {wanted[name]!r}" for name in sorted(both))
         raise ConfigError(
             f"--full-copy {run_folder} was not trained as {adapter.ref!r} was: {differences}. Run `dspy-lora train "
-            "--full-finetune` on the adapter's rows, with its --max-steps and --batch-size."
+            "--full-finetune` on the adapter's rows, with its --max-steps, --batch-size and --noisy-copies."
         )
     return resolve_base(str(run_folder / MODEL_FOLDER))
 

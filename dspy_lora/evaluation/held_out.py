@@ -69,7 +69,7 @@ def _choose(known: NDArray[np.bool_], share: float, random: np.random.Generator)
     draw = np.where(known, random.random(known.shape), np.inf)
     stays = (draw == draw.min(0)) | (draw == draw.min(1, keepdims=True))
     draw[stays] = np.inf
-    count = min(round(share * known.sum()), int(np.isfinite(draw).sum()))
+    count = min(max(1, round(share * known.sum())), int(np.isfinite(draw).sum()))
     hidden = np.zeros(known.shape, dtype=bool)
     hidden.flat[np.argsort(draw, axis=None)[:count]] = True
     return hidden

@@ -8,7 +8,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dspy_lora.errors import ConfigError, DataError
-from dspy_lora.evaluation.items import Items
+from dspy_lora.evaluation.items import Items, standard_error
 from dspy_lora.evaluation.marginal import DIFFICULTY_SPREAD, DISCRIMINATION_SPREAD, MarginalLikelihood
 from dspy_lora.evaluation.responses import Responses, position
 
@@ -83,7 +83,7 @@ class IRTFit:
     @property
     def standard_errors(self) -> Array:
         """Of the abilities, (N,). They count the items as a sample: the claim is about more items of the kind."""
-        return np.sqrt(np.diag(self.covariance))
+        return standard_error(np.diag(self.covariance))
 
     def ability(self, system: str) -> tuple[float, float]:
         """A system's ability and its standard error.
@@ -121,7 +121,7 @@ class IRTFit:
         state: dict[str, Any] = {"format": _FORMAT}
         for name, value in (vars(self) | {"items": vars(self.items)}).items():
             state[name] = _plain(value)
-        Path(path).write_text(json.dumps(state, ensure_ascii=False) + "\n", encoding="utf-8")
+        Path(path).write_text(json.dumps(state, ensure_ascii=False) + "\n", "utf-8", "backslashreplace")
 
     @classmethod
     def load(cls, path: str | Path) -> "IRTFit":
@@ -147,8 +147,9 @@ def fit_irt(responses: Responses, model: Literal["auto", "rasch", "2pl"] = "auto
 
     Args:
         responses: At least two systems; cells may be missing; scores may be graded.
-        model: ``"auto"`` takes 2PL from ``FEWEST_FOR_2PL`` systems on, else Rasch. Few systems say little about an
-            item, which its standard errors show; they are no less good for the abilities.
+        model: ``"auto"`` takes 2PL from ``FEWEST_FOR_2PL`` systems on, else Rasch, and Rasch too where 2PL comes to no
+            estimate, as on many systems that are alike. Few systems say little about an item, which its standard
+            errors show; they are no less good for the abilities.
         log: Whether the fit's ``warnings`` are logged too.
 
     Returns:
@@ -163,14 +164,27 @@ def fit_irt(responses: Responses, model: Literal["auto", "rasch", "2pl"] = "auto
     if len(responses.systems) < 2:
         raise DataError("one system alone cannot be told from its items. Give the scores of at least two systems.")
     slopes = model == "2pl" or (model == "auto" and len(responses.systems) >= FEWEST_FOR_2PL)
+    fit = _fit(responses, slopes)
+    if model == "auto" and slopes and fit.warnings:
+        why = f"2PL comes to no estimate on these scores ({'; '.join(fit.warnings)}), so this is a Rasch fit"
+        fit = _fit(responses, slopes=False)
+        fit = replace(fit, warnings=(why, *fit.warnings))
+    fit = replace(fit, warnings=(*_doubts(responses, fit.model == "2pl"), *fit.warnings))
+    for warning in fit.warnings if log else ():
+        logger.warning("%s", warning)
+    return fit
+
+
+def _fit(responses: Responses, slopes: bool) -> IRTFit:
+    """The fit; its warnings say why it is not to be believed, if so."""
     likelihood, parameters, settled = _estimate(responses, slopes)
     everything = likelihood.covariance(parameters)
     posterior = likelihood.items(parameters, everything)
     n = len(responses.systems)
     sigma_b, sigma_a = likelihood.spreads(parameters)
-    warnings = (*_doubts(responses, slopes), *([] if settled else ["the estimates did not settle"]))
-    for warning in warnings if log else ():
-        logger.warning("%s", warning)
+    doubts = [] if settled else ["the estimates did not settle"]
+    if not _positive_definite(everything):
+        doubts.append("the covariance is not positive definite, and the standard errors mean nothing")
     return IRTFit(
         model="2pl" if slopes else "rasch",
         systems=responses.systems,
@@ -186,8 +200,12 @@ def fit_irt(responses: Responses, model: Literal["auto", "rasch", "2pl"] = "auto
         ),
         difficulty_sd=sigma_b,
         log_discrimination_sd=sigma_a,
-        warnings=warnings,
+        warnings=tuple(doubts),
     )
+
+
+def _positive_definite(covariance: Array) -> bool:
+    return bool(np.isfinite(covariance).all() and np.linalg.eigvalsh(covariance)[0] > 0)
 
 
 def _estimate(responses: Responses, slopes: bool) -> tuple[MarginalLikelihood, Array, bool]:

@@ -44,12 +44,12 @@ class Items:
     @property
     def difficulty_se(self) -> Array:
         """Standard errors of the difficulties, (J,)."""
-        return np.sqrt(self.covariance[:, 0, 0])
+        return standard_error(self.covariance[:, 0, 0])
 
     @property
     def discrimination_se(self) -> Array:
         """Standard errors of the discriminations, (J,): those of the logs times the slope (delta method)."""
-        return np.sqrt(self.covariance[:, 1, 1]) * self.discrimination
+        return standard_error(self.covariance[:, 1, 1]) * self.discrimination
 
     def item(self, name: str) -> int:
         """Where an item stands.
@@ -75,7 +75,8 @@ class Items:
     def information(self, ability: ArrayLike) -> Array:
         """Fisher information of one answer about the ability, in 1 / logit².
 
-        With exactly known parameters a² P (1 - P) / φ; an item of uncertain parameters tells less.
+        With exactly known parameters a² P (1 - P) / φ; an item of uncertain parameters tells less: its probability is
+        nearer to one half, and its dispersion is nearer to 1 (``dispersions``).
 
         Args:
             ability: One or T abilities.
@@ -83,10 +84,11 @@ class Items:
         Returns:
             Shape (J, T).
         """
-        return fisher(*self.answer(ability), self.dispersion)
+        p, slope, variance = self.answer(ability)
+        return fisher(p, slope, dispersions(p, variance, self.dispersion))
 
-    def answer(self, ability: ArrayLike) -> tuple[Array, Array]:
-        """The mean probability of a right answer, and its derivative by the ability.
+    def answer(self, ability: ArrayLike) -> tuple[Array, Array, Array]:
+        """The probability of a right answer: its mean, the mean's derivative by the ability, and its variance.
 
         Gauss-Hermite quadrature over the normal posterior of (difficulty, log discrimination).
 
@@ -94,20 +96,21 @@ class Items:
             ability: One or T abilities.
 
         Returns:
-            Both of shape (J, T).
+            All of shape (J, T).
         """
         theta = np.atleast_1d(np.asarray(ability, dtype=np.float64))
         of_b, both, of_a = (self.covariance[:, i, j] for i, j in ((0, 0), (0, 1), (1, 1)))
         root = np.sqrt(of_b)
         cross = np.divide(both, root, out=np.zeros_like(root), where=root > 0)
         rest = np.sqrt((of_a - cross**2).clip(0))
-        p, slope = np.zeros((2, len(self.names), len(theta)))
+        p, slope, squared = np.zeros((3, len(self.names), len(theta)))
         for (x, of_x), (y, of_y) in product(_POINTS, _POINTS):
             a = np.exp(self.log_discrimination + cross * x + rest * y)[:, None]
             right = (1 + np.tanh(a / 2 * (theta - (self.difficulty + root * x)[:, None]))) / 2
             p += of_x * of_y * right
             slope += of_x * of_y * a * right * (1 - right)
-        return p, slope
+            squared += of_x * of_y * right**2
+        return p, slope, (squared - p**2).clip(0)
 
     def select(self, names: tuple[str, ...] | list[str]) -> "Items":
         """Those items alone."""
@@ -143,6 +146,19 @@ class Items:
         return tuple(self.names[j] for j in chosen)
 
 
-def fisher(p: Array, slope: Array, dispersion: float) -> Array:
+def fisher(p: Array, slope: Array, dispersion: Array) -> Array:
     """Information about an ability in an answer that is right with probability ``p``, of slope dp / d ability."""
     return slope**2 / (p * (1 - p)).clip(_SMALLEST_VARIANCE) / dispersion
+
+
+def dispersions(p: Array, variance: Array, dispersion: float) -> Array:
+    """Variance of a score over p (1 - p), where the item's probability P is uncertain, with mean p and a variance.
+
+    The score's is φ E[P (1 - P)] + Var P, which is φ p (1 - p) + (1 - φ) Var P.
+    """
+    return dispersion + (1 - dispersion) * variance / (p * (1 - p)).clip(_SMALLEST_VARIANCE)
+
+
+def standard_error(variance: Array) -> Array:
+    """Root of variances; NaN where a fit that came to no estimate has one below 0."""
+    return np.sqrt(np.where(variance < 0, np.nan, variance))

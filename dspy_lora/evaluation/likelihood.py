@@ -105,6 +105,16 @@ def in_batches(
         order = order[len(batch) :]
 
 
+def free_gpu() -> None:
+    """Gives the GPU back the memory of models that are done with: an engine that starts next asks for most of it."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def require_packages() -> None:
     """Raises a MissingDependencyError where PEFT is not installed."""
     try:

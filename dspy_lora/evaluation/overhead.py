@@ -92,8 +92,8 @@ def measure_overhead(
     """Times both systems on the same batches, in turns; who begins alternates.
 
     Every answer is held to ``answer_tokens`` tokens (a base that does not know the task would ramble on, and the
-    comparison would be one of lengths). One turn of each before the clock starts warms the engine; the prompts are in
-    its prefix cache then, for both alike.
+    comparison would be one of lengths), or to what the context leaves. One turn of each before the clock starts warms
+    the engine; the prompts are in its prefix cache then, for both alike.
 
     Args:
         adapter: With the adapter.

@@ -8,6 +8,7 @@ from typing import Any
 
 from dspy_lora.adapters import disk
 from dspy_lora.evaluation.adapter import Evaluation
+from dspy_lora.evaluation.answers import Given
 from dspy_lora.evaluation.confusion import Confusion
 from dspy_lora.evaluation.cost import Parameters, TrainingCost
 from dspy_lora.evaluation.overhead import Overhead, Speed, Spread
@@ -172,13 +173,15 @@ def _cell(text: str) -> str:
 def write_report(report: Report, folder: Path, *, picture: bool = True) -> None:
     """Writes ``report.json``, ``report.md``, ``answers.jsonl`` (one row a line) and ``confusion.png``.
 
+    A picture of an earlier report is removed where this one has none.
+
     Raises:
         MissingDependencyError: matplotlib is not installed and the picture is wanted.
         PublishError: The disk refused.
     """
     evaluation = report.evaluation
     given = zip(evaluation.references, evaluation.adapter, evaluation.base, strict=True)
-    answers = ({"reference": truth, "adapter": ours.text, "base": theirs.text} for truth, ours, theirs in given)
+    answers = (_answers(number, *each) for number, each in enumerate(given, start=1))
     drawn = evaluation.confusion if picture else None
     markdown = report.to_markdown()
     if drawn is None:
@@ -189,6 +192,15 @@ def write_report(report: Report, folder: Path, *, picture: bool = True) -> None:
         ANSWERS: "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers),
     }
     write_files(folder, texts, (drawn, report.adapter) if drawn else None)
+    if drawn is None:
+        with disk.writing("remove the picture of an earlier report", folder):
+            (folder / PICTURE).unlink(missing_ok=True)
+
+
+def _answers(number: int, truth: str, ours: Given, theirs: Given) -> dict[str, Any]:
+    """A row of ``answers.jsonl``; a problem says why an answer is empty."""
+    texts = {"row": number, "reference": truth, "adapter": ours.text, "base": theirs.text}
+    return texts | {"adapter_problem": ours.problem, "base_problem": theirs.problem}
 
 
 def write_files(folder: Path, texts: Mapping[str, str], picture: tuple[Confusion, str] | None = None) -> None:

@@ -97,19 +97,29 @@ class Responses:
                 ``"<id>#2"``).
 
         Raises:
-            DataError: No results, a score that is no number in [0, 1], or an example without ``item_field``.
+            DataError: No results, a score that is no number in [0, 1], an example without ``item_field``, or one whose
+                content makes no id.
         """
         cells: dict[str, dict[str, float]] = {}
         titles: dict[str, str] = {}
+        plain, numbered = set[str](), set[str]()
         for system, result in results.items():
             row = cells.setdefault(system, {})
             seen: Counter[str] = Counter()
             for example, _, score in result.results:
                 item = _item_id(example, item_field)
+                plain.add(item)
                 seen[item] += 1
-                item = item if seen[item] == 1 else f"{item}#{seen[item]}"
+                if seen[item] > 1:
+                    item = f"{item}#{seen[item]}"
+                    numbered.add(item)
                 row[item] = _number(score, system, item)
                 titles.setdefault(item, _title(example))
+        if both := sorted(plain & numbered):
+            raise DataError(
+                f"the id {both[0]!r} is that of an example, and made for a second one with the id before its '#'. Give "
+                f"each example its own value of {item_field!r} (item_field)."
+            )
         scores = np.array([[row.get(item, np.nan) for item in titles] for row in cells.values()], dtype=np.float64)
         return cls(scores.reshape(len(cells), len(titles)), tuple(cells), tuple(titles), tuple(titles.values()))
 
@@ -158,8 +168,13 @@ def _check_range(scores: Array, systems: tuple[str, ...], items: tuple[str, ...]
 
 def _item_id(example: "dspy.Example", field: str | None) -> str:
     if field is None:
-        content = json.dumps(example.toDict(), sort_keys=True, ensure_ascii=False, default=repr)
-        return hashlib.sha256(content.encode()).hexdigest()[:12]
+        try:
+            content = json.dumps(example.toDict(), sort_keys=True, ensure_ascii=False, default=repr)
+        except (TypeError, ValueError) as exc:  # keys of several types, or a value inside itself
+            raise DataError(
+                f"an example's content makes no id: {exc}. Name a field that holds its id with item_field."
+            ) from exc
+        return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:12]
     if field not in example:
         known = sorted(map(str, example.keys()))
         raise DataError(f"an example has no field {field!r} (item_field). {near(field, known)}")

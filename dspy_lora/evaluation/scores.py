@@ -4,7 +4,7 @@ Rows are resampled as pairs, so what both systems find hard cancels in the diffe
 weights of rows (how often a resample holds each), which makes thousands of resamples a matrix product.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -208,16 +208,18 @@ def estimate(value: float, drawn: Array) -> Estimate:
     return Estimate(value, low, high) if np.ptp(drawn) > _EQUAL else Estimate(value, None, None)
 
 
-def _resamples(rows: int, seed: int) -> list[Array]:
+def _resamples(rows: int, seed: int) -> Iterator[Array]:
     """How often each resample holds each row, RESAMPLES x rows in parts; the same for the same seed."""
     random = np.random.default_rng(seed)
-    return [random.multinomial(rows, np.full(rows, 1 / rows), n).astype(np.float64) for n in _parts(RESAMPLES, rows)]
+    for n in _parts(RESAMPLES, rows):
+        yield random.multinomial(rows, np.full(rows, 1 / rows), n).astype(np.float64)
 
 
-def _swaps(rows: int, seed: int) -> list[Array]:
+def _swaps(rows: int, seed: int) -> Iterator[Array]:
     """Which rows are swapped (1) and which are not (0), SWAPS x rows in parts."""
     random = np.random.default_rng(seed)
-    return [random.integers(0, 2, (n, rows)).astype(np.float64) for n in _parts(SWAPS, rows)]
+    for n in _parts(SWAPS, rows):
+        yield random.integers(0, 2, (n, rows)).astype(np.float64)
 
 
 def _parts(draws: int, rows: int) -> list[int]:

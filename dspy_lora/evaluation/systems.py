@@ -50,7 +50,7 @@ class SystemsReport:
         return {
             "Systems": self._abilities(),
             "Rows that tell these systems apart": self._telling(),
-            "Rows that look mislabelled": self._suspects(),
+            f"Rows that look mislabelled{self._left_out()}": self._suspects(),
         }
 
     def _abilities(self) -> Table:
@@ -77,6 +77,10 @@ class SystemsReport:
     def _suspects(self) -> Table:
         rows = [[s.item, f"{s.probability:.2f}", f"{s.mean_score:.2f}", s.title] for s in self.suspects[:SHOWN]]
         return ["row", "probability", "mean score", "text"], rows
+
+    def _left_out(self) -> str:
+        count = len(self.suspects)
+        return f" (the first {SHOWN} of {count}; all are in irt.json)" if count > SHOWN else ""
 
     def to_text(self) -> str:
         """For the console."""
@@ -118,7 +122,7 @@ def _without_nan(state: dict[str, Any]) -> dict[str, Any]:
 def _system(report: SystemsReport, name: str) -> dict[str, Any]:
     ability, error = report.fit.ability(name)
     share = float(np.nanmean(report.responses.scores[report.responses.system(name)]))
-    return {"system": name, "ability": ability, "standard_error": error, "exact_match": share}
+    return _without_nan({"system": name, "ability": ability, "standard_error": error, "exact_match": share})
 
 
 def evaluate_systems(
@@ -144,7 +148,7 @@ def evaluate_systems(
     names = tuple(f"row {number}" for number in range(1, len(rows) + 1))
     titles = tuple(_title(signature, row, gold) for row, gold in zip(rows, truth, strict=True))
     responses = Responses(np.array(scores), tuple(lms), names, titles)
-    fit = fit_irt(responses)
+    fit = fit_irt(responses, log=False)  # the report shows its warnings
     return SystemsReport(domain, data, responses, fit, tuple(suspicious_items(responses, fit)))
 
 
