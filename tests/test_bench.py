@@ -19,6 +19,7 @@ from dspy_lora.bench import (
     memory,
     over_http,
     report,
+    servers,
     shapes,
     stream,
     workload,
@@ -27,7 +28,7 @@ from dspy_lora.bench.bench import Bench
 from dspy_lora.bench.figure import Figure
 from dspy_lora.cli import main
 from dspy_lora.engine.protocol import Delta, Token
-from dspy_lora.errors import EngineError
+from dspy_lora.errors import EngineError, EngineStartError
 
 
 def test_a_bar_is_held_against_the_median():
@@ -124,6 +125,38 @@ def test_loralm_is_compared_with_the_number_of_api_servers_that_is_fastest():
     assert over_http.compared(measured[4], "0.6b")[1].least == 1.5
 
 
+@pytest.fixture
+def plain_vllm(monkeypatch):
+    """Starts plain vLLM that is this script."""
+    child = servers._child
+
+    def start(script):
+        script = f"import sys\nsay = lambda text: print(text, flush=True)\n{script}"
+        monkeypatch.setattr(servers, "_child", lambda arguments, log: child(["-c", script], log))
+        return servers.raw_vllm(_bench(None).settings, [])
+
+    return start
+
+
+@pytest.mark.parametrize("said", ["", """say('{"device": "cpu"}')"""], ids=["at its start", "while idle"])
+def test_plain_vllm_that_ends_says_why(said, plain_vllm):
+    with (
+        pytest.raises(EngineStartError, match=r"(?s)plain vLLM ended.*no memory"),
+        plain_vllm(f"{said}\nsys.exit('no memory')") as raw,
+    ):
+        raw._process.wait()
+        raw.seconds([[]], [None], 1)
+
+
+def test_answers_that_the_context_cuts_short_are_no_figure(plain_vllm):
+    script = """say('{"device": "cpu"}')\nfor line in sys.stdin:\n    say('{"seconds": 2.0, "tokens": 60}')"""
+    asked = (workload.questions(3, 1), [None] * 3)
+    with plain_vllm(script) as raw:
+        assert raw.tokens_a_second([asked, asked], 20) == 30.0
+        with pytest.raises(EngineError, match=r"answers of 21 tokens do not fit .* 60 tokens. Give fewer --answers"):
+            raw.tokens_a_second([asked], 21)
+
+
 class _Raw:
     """Plain vLLM on a GPU, whose adapters halve its speed."""
 
@@ -148,8 +181,7 @@ def started(monkeypatch):
 
 
 def _bench(shape, engine=None, names=None, rank=16):
-    beneath = {"gpu_memory_utilization": 0.45, "max_lora_rank": rank}
-    return Bench("seedling", engine or {}, 24, 1, 1, names=names, shape=shape, beneath=beneath)
+    return Bench("seedling", engine or {}, 24, 1, 1, names=names, shape=shape, beneath={"max_lora_rank": rank})
 
 
 @pytest.mark.parametrize(
@@ -163,7 +195,9 @@ def _bench(shape, engine=None, names=None, rank=16):
     ],
 )
 def test_adapters_have_bars_for_the_large_shape_on_a_gpu(measured, shape, count, rank, bars, started):
-    figures = measured(_bench(shape, names=workload.adapter_names(count), rank=rank))
+    bench = _bench(shape, names=workload.adapter_names(count), rank=rank)
+    bench.answers = [16]
+    figures = measured(bench)
     assert {figure.name: figure.least for figure in figures if figure.least} == bars
     assert ("worker_cls" in started[0]) == (measured is adapters.vllm_lora)
 
@@ -171,9 +205,9 @@ def test_adapters_have_bars_for_the_large_shape_on_a_gpu(measured, shape, count,
 def test_adapters_are_measured_in_batches_of_some_and_all_for_each_length(started):
     bench = _bench("4b")
     kinds = ["one adapter", "4 adapters mixed", "all adapters mixed", "all adapters one after another"]
-    over = [f"{kind} over base" for kind in kinds]
     names = [figure.name for figure in adapters.adapters(bench)]
-    assert names == ["base model, 16 tokens an answer", *over, "base model, 64 tokens an answer", *over]
+    every = [(what, tokens) for tokens in (16, 64) for what in ("base model", *(f"{kind} over base" for kind in kinds))]
+    assert names == [f"{what}, {tokens} tokens an answer" for what, tokens in every]
     batches = {kind: of() for kind, of in adapters._kinds(bench).items()}
     assert [len(batches[kind]) for kind in kinds] == [1, 1, 1, 12]
     assert [len(set(batches[kind][0][1])) for kind in kinds] == [1, 4, 12, 1]
@@ -190,6 +224,37 @@ def test_plain_vllm_runs_as_many_requests_at_once_as_loralm_s_side_does(threads,
     figures = measure.throughput(bench)
     assert started[0]["max_num_seqs"] == at_once
     assert {figure.least for figure in figures} == {None, 0.97}
+    assert [figure.name for figure in figures if figure.unit == "x"] == [
+        f"DSPy over plain, {tokens} tokens an answer" for tokens in (16, 64)
+    ]
+
+
+def test_what_goes_first_changes_and_the_first_round_does_not_count(monkeypatch):
+    order = []
+
+    def timed(name):
+        order.append(name)
+        return len(order)
+
+    ways = (lambda: timed("a"), lambda: timed("b"))
+    assert measure._in_turns(SimpleNamespace(repeats=3), *ways) == [(4, 5, 8), (3, 6, 7)]
+    assert "".join(order) == "abbaabba"
+    monkeypatch.setattr(measure, "_in_turns", lambda bench, *ways: [(2.0,), (4.0,)])
+    for measured, ratio in ((measure.samples, 2.0), (measure.mixed, 2.0)):
+        assert measured(_bench(None))[-1].values == (ratio,)
+
+
+@pytest.mark.parametrize(
+    "measured", [measure.engine_memory, lambda bench: measure.soak(bench, calls=10)], ids=["memory", "soak"]
+)
+def test_memory_is_read_after_prompts_that_begin_with_different_words(measured, monkeypatch):
+    asked, seen, bench = [], [], _bench(None)
+    monkeypatch.setattr(type(bench.first), "__call__", lambda self, prompt, **settings: asked.append(prompt))
+    monkeypatch.setattr(type(bench.first), "engine_stats", lambda self: {"pid": 1})
+    monkeypatch.setattr(measure.memory, "group_megabytes", lambda pid: seen.append(len(set(asked))) or 1.0)
+    monkeypatch.setattr(measure, "_WARM_UP_CALLS", 100)
+    measured(bench)
+    assert seen[0] >= 100 and len({" ".join(prompt.split()[:20]) for prompt in asked[:100]}) == 100
 
 
 @pytest.mark.parametrize(("model", "most"), [("seedling", 4295), ("/models/other", None)])
@@ -232,10 +297,24 @@ def test_an_environment_is_put_back(monkeypatch):
     assert os.environ["KNOWN"] == "before" and "NEW" not in os.environ
 
 
-def test_an_engine_s_memory_that_was_asked_for_stays(started):
-    adapters.adapters(_bench("8b"))
-    adapters.adapters(_bench("8b", {"gpu_memory_utilization": 0.3}))
-    assert [args["gpu_memory_utilization"] for args in started] == [0.9, 0.3]
+def test_two_engines_share_a_gpu_but_for_what_was_asked_for(started):
+    asked = {"gpu_memory_utilization": 0.3, "enable_prefix_caching": True}
+    benches = [_bench(None), _bench("8b", asked)]
+    for bench in benches:
+        adapters.adapters(bench)
+    assert [bench.settings.engine_args["gpu_memory_utilization"] for bench in benches] == [0.45, 0.3]
+    assert [(args["gpu_memory_utilization"], args["enable_prefix_caching"]) for args in started] == [
+        (0.9, False),
+        (0.3, True),
+    ]
+
+
+def test_another_engine_is_asked_the_same_way():
+    bench = _bench("8b", {"max_loras": 3}, names=["legal", "financial"])
+    other = bench.other({"max_loras": 2})
+    assert [each.engine["max_loras"] for each in (bench, other)] == [3, 2]
+    assert [each.first._engine_spec.settings.engine_args["max_loras"] for each in (bench, other)] == [3, 2]
+    assert (other.calls, other.domains, other.shape) == (24, ["legal", "financial"], "8b")
 
 
 def test_the_file_says_which_machine_it_was():
@@ -306,9 +385,10 @@ def test_a_short_run_prints_a_table_and_writes_a_file(tmp_path, capsys, monkeypa
     """The engine against plain vLLM, with few calls; whether bars hold is not asked."""
     file, soaked = tmp_path / "bench.json", measure.soak
     monkeypatch.setitem(command.MEASUREMENTS, "soak", lambda bench: soaked(bench, calls=40))
+    monkeypatch.setattr(measure, "_WARM_UP_CALLS", 24)
     names = ["throughput", "samples", "mixed", "soak", "loading"]
-    words = ["bench", "--calls", "12", "--threads", "6", "--repeats", "1", "--json", str(file), "--only", *names]
-    assert main(words) in (0, 1)
+    words = ["bench", *"--calls 12 --threads 6 --repeats 1 --answers 8 16".split()]
+    assert main([*words, "--json", str(file), "--only", *names]) in (0, 1)
     shown = capsys.readouterr().out
     written = json.loads(file.read_text())
     assert (written["calls"], written["threads"], written["repeats"]) == (12, 6, 1)
@@ -316,7 +396,7 @@ def test_a_short_run_prints_a_table_and_writes_a_file(tmp_path, capsys, monkeypa
         assert f"{figure['name']} ({figure['unit']})" in shown
         assert all(value > 0 for value in figure["values"]) or figure["unit"] == "MB" or "stall" in figure["name"]
     assert {figure["name"] for figure in written["figures"]} >= {
-        "DSPy over plain",
+        "DSPy over plain, 16 tokens an answer",
         "n=8 over n=1",
         "all adapters mixed, speed over one after another",
         "first answer, adapter on disk over in its slot",
@@ -342,7 +422,7 @@ def test_what_adapters_cost_on_random_weights(tmp_path, capsys):
     words = "--shape tiny --only adapters --sweep adapters=2 --rank 8 --calls 12 --repeats 1 --answers 2 --words 8"
     assert main(["bench", *words.split(), "--json", str(file), "--picture", str(drawn)]) == 0
     [point] = json.loads(file.read_text())["points"]
-    assert point["adapters"] == 2
+    assert point["value"] == point["adapters"] == 2
     names = [figure["name"] for figure in point["figures"]]
     assert names[:3] == ["base model, 2 tokens an answer", "one adapter over base", "all adapters mixed over base"]
     assert all(figure["median"] > 0 and figure["holds"] is None for figure in point["figures"])

@@ -27,16 +27,17 @@ def vllm_lora(bench: Bench) -> list[Figure]:
 
 def _measure(bench: Bench, engine: dict[str, Any], name: str, least: dict[str, float]) -> list[Figure]:
     """Figures of one engine, which has the GPU to itself; the workload as it comes, none of it known."""
-    settings = bench.settings_with({"enable_prefix_caching": False} | engine, {"gpu_memory_utilization": 0.9})
     figures = []
-    with raw_vllm(settings, bench.adapters) as raw:
+    with raw_vllm(bench.settings_alone(engine), bench.adapters) as raw:
         for tokens in bench.answers:
             speeds = _speeds(bench, raw, tokens)
             base = speeds.pop(_BASE)
             figures.append(Figure(f"{_BASE}, {tokens} tokens an answer{name}", "tokens/s", base))
             for what, values in speeds.items():
                 bar = least.get(what) if raw.device == "cuda" else None
-                figures.append(Figure(f"{what} over base{name}", "x", ratios(values, base), least=bar))
+                figures.append(
+                    Figure(bench.of_answers(f"{what} over base{name}", tokens), "x", ratios(values, base), least=bar)
+                )
     return figures
 
 

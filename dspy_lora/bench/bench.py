@@ -1,5 +1,6 @@
 """What the measurements share: LoRALMs of all adapters on one engine, and how they are asked."""
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from dspy_lora.engine.settings import EngineSettings, engine_settings
 
 SHORT_TOKENS = 16  # a label in DSPy's chat format
 LONG_TOKENS = 64  # with reasoning
+_SHARED, _ALONE = {"gpu_memory_utilization": 0.45}, {"gpu_memory_utilization": 0.9}  # two engines on a GPU, or one
 
 
 class Bench:
@@ -46,7 +48,7 @@ class Bench:
         shape: str | None = None,
         beneath: dict[str, Any] | None = None,
     ) -> None:
-        self.model, self.asked, self.beneath, self.registry = model, engine, beneath or {}, registry
+        self.model, self.asked, self.beneath, self.registry = model, engine, _SHARED | (beneath or {}), registry
         self.calls, self.threads, self.repeats = calls, threads, repeats
         self.words, self.answers, self.shape = words, answers, shape
         self.domains = list(names or load_config().domains)
@@ -66,34 +68,24 @@ class Bench:
 
     def other(self, engine: dict[str, Any]) -> "Bench":
         """The same with an engine of other settings."""
-        return Bench(
-            self.model,
-            self.asked | engine,
-            self.calls,
-            self.threads,
-            self.repeats,
-            words=self.words,
-            answers=self.answers,
-            registry=self.registry,
-            names=self.domains,
-            shape=self.shape,
-            beneath=self.beneath,
-        )
+        other = copy.copy(self)
+        other.asked = self.asked | engine
+        other.lms = {domain: other.lm(domain) for domain in self.domains}
+        return other
 
     @property
     def settings(self) -> EngineSettings:
         """The engine's settings."""
         return self.settings_with({})
 
-    def settings_with(self, engine: dict[str, Any], beneath: dict[str, Any] | None = None) -> EngineSettings:
-        """The engine's settings but for some.
+    def settings_with(self, engine: dict[str, Any]) -> EngineSettings:
+        """The engine's settings but for some."""
+        return engine_settings(self.first.base, load_config(), self.engine | engine)
 
-        Args:
-            engine: Come before what was asked for.
-            beneath: Come after it.
-        """
-        settings = self.beneath | (beneath or {}) | self.asked | engine
-        return engine_settings(self.first.base, load_config(), settings)
+    def settings_alone(self, engine: dict[str, Any]) -> EngineSettings:
+        """The same where it has the GPU to itself, and knows no prompt: unless these were asked for."""
+        usual = self.beneath | _ALONE | {"enable_prefix_caching": False}
+        return engine_settings(self.first.base, load_config(), usual | self.asked | engine)
 
     @property
     def first(self) -> LoRALM:
@@ -127,6 +119,10 @@ class Bench:
     def run(self, asked: Sequence[Question], call: Callable[[Question], Any]) -> float:
         """Seconds for all questions in this bench's threads."""
         return in_threads([functools.partial(call, question) for question in asked], self.threads)
+
+    def of_answers(self, name: str, tokens: int) -> str:
+        """A figure's name, with the answers' tokens where they have several lengths."""
+        return f"{name}, {tokens} tokens an answer" if len(self.answers) > 1 else name
 
     def ref(self, domain: str) -> str:
         """The name under which the engine has an adapter."""

@@ -15,11 +15,12 @@ from dspy_lora.bench.bench import Bench
 from dspy_lora.bench.defaults import defaults
 from dspy_lora.bench.figure import Figure
 from dspy_lora.bench.latency import latency
-from dspy_lora.bench.loading import loading
+from dspy_lora.bench.loading import check_loading, loading
 from dspy_lora.bench.over_http import over_http
-from dspy_lora.bench.report import entries, head, report, row
-from dspy_lora.bench.shapes import ENGINE, RANKS, SHAPES, make_model, publish_adapters
+from dspy_lora.bench.report import effective, head, report, row
+from dspy_lora.bench.shapes import RANKS, SHAPES, make_model, publish_adapters
 from dspy_lora.bench.workload import adapter_names
+from dspy_lora.config import load_config
 from dspy_lora.errors import ConfigError
 
 # In this order: those of _ALONE start engines of their own, after the one that the others share has ended.
@@ -42,6 +43,11 @@ MEASUREMENTS: dict[str, Callable[[Bench], list[Figure]]] = {
 _LONG = ("soak", "endings", "loading", "adapters", "vllm-lora", "defaults")  # minutes
 _ALONE = ("caller-memory", "endings", "loading", "adapters", "vllm-lora", "defaults")
 _SEEDLING_S = ("caller-memory", "endings")  # their programs are written for it
+_ALL_ADAPTERS = ("mixed", "adapters", "vllm-lora")  # they ask every adapter in a repeat
+_READ_BY = {
+    "answers": ("throughput", "latency", "adapters", "vllm-lora", "defaults"),
+    "words": tuple(name for name in MEASUREMENTS if name not in _SEEDLING_S),
+}
 _NOT_JOINT = ("only", "all", "shape", "rank", "adapters", "words", "answers", "sweep", "picture", "json")
 _ADAPTERS, _RANK = 12, 16
 _MOST_ADAPTERS = 64
@@ -87,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
     """
     for name in ("dspy", "httpx"):  # a warning for each answer that was cut, a line for each request
         logging.getLogger(name).setLevel(logging.ERROR)
+    _check_numbers(args)
     if args.joint:
         from dspy_lora.bench import joint
 
@@ -101,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     if args.picture:
         if not args.sweep:
             raise ConfigError("--picture draws what --sweep measures. Name the values, as in --sweep rank=8,16,32.")
-        picture.require_matplotlib()
+        picture.check(args.picture)
     key, points = sweep.points(args.sweep, args) if args.sweep else (None, [args])
     for point in points:  # every mistake shows before the first engine starts
         _check(point)
@@ -109,30 +116,69 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_points(args: argparse.Namespace, key: str | None, points: list[argparse.Namespace]) -> int:
-    """Measures point after point; the file is written after each, so that a failure keeps those before it."""
+    """Measures point after point; the file is written after each measurement, so that a failure keeps those before."""
     values, measured = [sweep.value_of(key, point) if key else None for point in points], list[list[Figure]]()
+    described: list[dict[str, Any]] = []
+
+    def keep(figures: list[Figure]) -> None:
+        measured[-1] += figures
+        if args.json:
+            written = report(args, key, list(zip(described, measured, strict=True)))
+            args.json.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+
     for value, point in zip(values, points, strict=True):
         if key:
             print(f"{key} = {value}", flush=True)
         with tempfile.TemporaryDirectory(prefix="dspy-lora-bench-") as folder:
-            measured.append(_measure(_bench(point, Path(folder)), _chosen(point)))
-        if args.json:
-            found = [entries(figures) for figures in measured]
-            several = [{key: value, "figures": figures} for value, figures in zip(values, found, strict=False)]
-            written = report(args, {"sweep": key, "points": several} if key else {"figures": found[0]})
-            args.json.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+            bench = _bench(point, Path(folder))
+            described.append({"value": value} | effective(bench) if key else effective(bench))
+            measured.append([])
+            _measure(bench, _chosen(point), keep)
     if args.picture:
         picture.draw(str(key), values, measured, args.picture)
     return 0 if all(figure.holds in (True, None) for figures in measured for figure in figures) else 1
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    """Raises a ConfigError for a number below 1."""
+    for flag in ("calls", "threads", "repeats", "words", "answers", "seeds"):
+        given = getattr(args, flag)
+        for number in given if isinstance(given, list) else [given]:
+            if number is not None and number < 1:
+                raise ConfigError(f"--{flag} {number}: give 1 at least.")
 
 
 def _check(args: argparse.Namespace) -> None:
     """Refuses what does not go together.
 
     Raises:
-        ConfigError: A rank or number of adapters that cannot be, or without a shape; a measurement that has none.
+        ConfigError: A model, measurements or a file that the other flags do not go with.
     """
-    _engine(args.engine)
+    _check_model(args)
+    engine, chosen = _engine(args.engine), _chosen(args)
+    adapters = (args.adapters or _ADAPTERS) if args.shape else len(load_config().domains)
+    for flag, readers in _READ_BY.items():
+        if getattr(args, flag) and not set(readers) & set(chosen):
+            raise ConfigError(f"--{flag} is read by {', '.join(readers)}. Measure one of them, or leave it out.")
+    for name in _ALL_ADAPTERS:
+        if name in chosen and args.calls < adapters:
+            raise ConfigError(f"--calls {args.calls}: {name} asks {adapters} adapters. Give {adapters} at least.")
+    if "loading" in chosen:
+        check_loading(adapters, engine)
+    for flag in ("json", "picture"):
+        path = getattr(args, flag)
+        if path and (path.is_dir() or not path.parent.is_dir()):
+            raise ConfigError(f"--{flag} {path}: give a file in a folder that is there.")
+
+
+def _check_model(args: argparse.Namespace) -> None:
+    """Raises a ConfigError for what the base model, or its adapters, cannot be."""
+    if (args.shape or args.base_model != SEEDLING) and (
+        refused := [name for name in args.only or () if name in _SEEDLING_S]
+    ):
+        raise ConfigError(f"{' and '.join(refused)} always measure the seedling. Leave the other model or them out.")
+    if args.shape and args.base_model != SEEDLING:
+        raise ConfigError(f"--base-model {args.base_model}: a shape is measured instead of it. Give one of them.")
     if not args.shape:
         for flag in ("rank", "adapters"):
             if getattr(args, flag) is not None:
@@ -142,8 +188,6 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--rank {args.rank}: vLLM takes {', '.join(map(str, RANKS))}.")
     if args.adapters is not None and not 1 <= args.adapters <= _MOST_ADAPTERS:
         raise ConfigError(f"--adapters {args.adapters}: give 1 to {_MOST_ADAPTERS}.")
-    if refused := [name for name in args.only or () if name in _SEEDLING_S]:
-        raise ConfigError(f"{' and '.join(refused)} always measure the seedling. Leave --shape or them out.")
 
 
 def _bench(args: argparse.Namespace, folder: Path) -> Bench:
@@ -155,14 +199,13 @@ def _bench(args: argparse.Namespace, folder: Path) -> Bench:
         rank, names = args.rank or _RANK, adapter_names(args.adapters or _ADAPTERS)
         model, registry = str(make_model(args.shape, folder / args.shape)), folder / "registry"
         publish_adapters(args.shape, Path(model), registry, names, rank)
-        beneath = ENGINE | {"max_lora_rank": rank, "max_loras": len(names)}
+        beneath = {"load_format": "dummy", "max_lora_rank": rank, "max_loras": len(names)}
         given |= {"registry": registry, "names": names, "shape": args.shape, "beneath": beneath}
     return Bench(model, _engine(args.engine), args.calls, args.threads, args.repeats, **given)
 
 
-def _measure(bench: Bench, names: list[str]) -> list[Figure]:
-    """Prints figures as they come."""
-    figures: list[Figure] = []
+def _measure(bench: Bench, names: list[str], keep: Callable[[list[Figure]], None]) -> None:
+    """Prints figures, and hands them over, as they come."""
     print(head())
     try:
         if not set(names) <= set(_ALONE):
@@ -170,12 +213,11 @@ def _measure(bench: Bench, names: list[str]) -> list[Figure]:
         for name in names:
             if name in _ALONE:
                 bench.close()
-            for figure in MEASUREMENTS[name](bench):
-                print(row(figure), flush=True)
-                figures.append(figure)
+            figures = MEASUREMENTS[name](bench)
+            print(*map(row, figures), sep="\n", flush=True)
+            keep(figures)
     finally:
         bench.close()
-    return figures
 
 
 def _engine(text: str) -> dict[str, Any]:
@@ -190,6 +232,8 @@ def _engine(text: str) -> dict[str, Any]:
 
 def _chosen(args: argparse.Namespace) -> list[str]:
     """The measurements that run, in their order."""
-    left_out = () if args.all else _LONG
-    usual = [name for name in MEASUREMENTS if name not in left_out and not (args.shape and name in _SEEDLING_S)]
+    left_out: tuple[str, ...] = () if args.all else _LONG
+    if args.shape or args.base_model != SEEDLING:
+        left_out += _SEEDLING_S
+    usual = [name for name in MEASUREMENTS if name not in left_out]
     return [name for name in MEASUREMENTS if name in (args.only or usual)]

@@ -102,9 +102,8 @@ def _cpu_speeds(bench: Bench, environment: dict[str, str], engine: dict[str, Any
 
 def _gpu_speeds(bench: Bench, environment: dict[str, str], engine: dict[str, Any]) -> tuple[float, ...]:
     """Output tokens a second of plain vLLM under a new engine's settings, as named in ``_GPU_SPEEDS``."""
-    settings = bench.settings_with({"enable_prefix_caching": False} | engine, {"gpu_memory_utilization": 0.9})
     tokens = max(2, *bench.answers)
-    with _environment(environment), raw_vllm(settings, bench.adapters) as raw:
+    with _environment(environment), raw_vllm(bench.settings_alone(engine), bench.adapters) as raw:
         batches = [raw.tokens_a_second([bench.own_adapters(bench.fresh())], tokens) for _ in range(bench.repeats + 1)]
         lone = plain(raw, bench.ref(bench.domains[0]))
         first, further = first_and_further(bench.fresh(2 * LONE_PROMPTS), lone, tokens)

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from dspy_lora.bench.bench import Bench
 from dspy_lora.bench.figure import Figure, ratios
@@ -64,8 +64,7 @@ def plain(raw: RawVLLM, adapter: str | None) -> Ask:
     """
 
     def ask(prompt: str, tokens: int) -> float:
-        sampling: dict[str, Any] = {"temperature": 0.0, "max_tokens": tokens, "ignore_eos": True}
-        return float(raw.generate([[{"role": "user", "content": prompt}]], [adapter], sampling)["seconds"])
+        return raw.seconds([[{"role": "user", "content": prompt}]], [adapter], tokens)
 
     return ask
 

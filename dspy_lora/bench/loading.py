@@ -1,6 +1,7 @@
 """What it costs to call an adapter that is not in the engine: the caller, and those whose answers are under way."""
 
 import time
+from typing import Any
 
 from dspy_lora.bench.bench import Bench
 from dspy_lora.bench.figure import Figure, ratios
@@ -21,9 +22,6 @@ def loading(bench: Bench) -> list[Figure]:
 
     The engine is one of its own, with fewer slots than there are adapters and room for all of them in CPU memory. The
     first turn is left out. Files come from the system's page cache: they were written, or read, a moment ago.
-
-    Raises:
-        ConfigError: Too few adapters.
     """
     shelf = _Shelf(bench)
     try:
@@ -50,6 +48,24 @@ def loading(bench: Bench) -> list[Figure]:
     ]
 
 
+def check_loading(adapters: int, engine: dict[str, Any]) -> None:
+    """Refuses what `loading` cannot measure with.
+
+    Args:
+        adapters: How many there are.
+        engine: Settings that were asked for.
+
+    Raises:
+        ConfigError: Too few adapters or slots.
+    """
+    if adapters < _LEAST_ADAPTERS:
+        raise ConfigError(f"loading wants {_LEAST_ADAPTERS} adapters at least, and there are {adapters}.")
+    if engine.get("max_loras") == 1:
+        raise ConfigError(
+            "loading wants 2 slots at least, for a stream and a call, and --engine sets 'max_loras' to 1."
+        )
+
+
 class _Shelf:
     """An engine with few slots, and where its adapters are. The first adapter streams; the others come and go.
 
@@ -59,8 +75,6 @@ class _Shelf:
 
     def __init__(self, bench: Bench) -> None:
         count = len(bench.domains)
-        if count < _LEAST_ADAPTERS:
-            raise ConfigError(f"loading wants {_LEAST_ADAPTERS} adapters at least, and there are {count}.")
         self.slots = min(bench.asked.get("max_loras", _SLOTS), count - 2)
         own = {"max_loras": self.slots, "max_cpu_loras": count, "enable_prefix_caching": False}
         self.bench = bench.other(own)

@@ -8,7 +8,6 @@ from typing import Any, TypeAlias
 
 import dspy
 
-from dspy_lora import LoRALM
 from dspy_lora.bench.bench import Bench
 from dspy_lora.bench.figure import Figure, ratios
 from dspy_lora.bench.servers import openai_server
@@ -59,7 +58,7 @@ def _in_turns(bench: Bench, asked: Sequence[Question], api_servers: int) -> Cost
     measured: Costs = {_OURS: [], _THEIRS: []}
     with openai_server(bench.settings, bench.adapters, api_servers) as address:
         ours = {domain: lm.copy(max_tokens=1) for domain, lm in bench.lms.items()}
-        theirs = {domain: _http_lm(lm, address) for domain, lm in bench.lms.items()}
+        theirs = {domain: _http_lm(bench.ref(domain), address) for domain in bench.domains}
         for repeat in range(bench.repeats + 1):
             for name, lms in zip(measured, (ours, theirs), strict=True):
                 cost = _cost(bench, asked, lms)
@@ -77,8 +76,7 @@ def _known_but_one(bench: Bench, question: Question) -> Question:
     return dataclasses.replace(question, messages=[*first, last | {"content": last["content"] + " a" * words}])
 
 
-def _http_lm(lm: LoRALM, address: str) -> dspy.LM:
-    name = lm.adapter.ref if lm.adapter else lm.base.name
+def _http_lm(name: str, address: str) -> dspy.LM:
     return dspy.LM(f"openai/{name}", api_base=address, api_key="none", cache=False, temperature=0.0, max_tokens=1)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dspy_lora.bench.figure import Figure
-from dspy_lora.errors import MissingDependencyError
+from dspy_lora.errors import ConfigError, MissingDependencyError
 
 
 def lines(points: Sequence[Sequence[Figure]]) -> dict[str, dict[int, Figure]]:
@@ -13,11 +13,8 @@ def lines(points: Sequence[Sequence[Figure]]) -> dict[str, dict[int, Figure]]:
     found: dict[str, dict[int, Figure]] = {}
     for place, point in enumerate(points):
         for figure in point:
-            name = figure.name
-            while place in found.get(name, {}):  # the same measurement twice, as for two lengths of answers
-                name += "'"
             if figure.unit == "x":
-                found.setdefault(name, {})[place] = figure
+                found.setdefault(figure.name, {})[place] = figure
     return found
 
 
@@ -29,11 +26,7 @@ def draw(key: str, values: Sequence[Any], points: Sequence[Sequence[Figure]], pa
         values: Of the points.
         points: The figures of each value.
         path: Where to; its ending says the format.
-
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
     """
-    require_matplotlib()
     from matplotlib import figure as drawing
 
     picture = drawing.Figure(figsize=(8, 5), layout="constrained")
@@ -49,11 +42,19 @@ def draw(key: str, values: Sequence[Any], points: Sequence[Sequence[Figure]], pa
     picture.savefig(path, dpi=120)
 
 
-def require_matplotlib() -> None:
-    """Raises a MissingDependencyError where matplotlib is not installed."""
+def check(path: Path) -> None:
+    """Refuses what cannot be drawn.
+
+    Raises:
+        ConfigError: matplotlib does not write such files.
+        MissingDependencyError: matplotlib is not installed.
+    """
     try:
-        import matplotlib  # noqa: F401
+        from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as exc:
         raise MissingDependencyError(
             "--picture needs 'matplotlib', which is not installed. Run: pip install matplotlib"
         ) from exc
+    endings = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in endings:
+        raise ConfigError(f"--picture {path}: matplotlib writes {', '.join(endings)}. Give the name such an ending.")

