@@ -132,7 +132,9 @@ def plan(args: argparse.Namespace, config: Config, name: str, value: str | None 
     if value is not None:
         key = Sweep.parse(args.sweep).key
         if key == "epochs" and args.max_steps is not None:
-            raise ConfigError(f"--sweep {args.sweep} beside --max-steps, which comes first: all runs would be the same.")
+            raise ConfigError(
+                f"--sweep {args.sweep} beside --max-steps, which comes first: all runs would be the same."
+            )
         given[key] = value
         title, folder = f"{name} {key}={value}", folder / f"{key}={value}"
     settings = over_configured(configured(config, domain), given)
