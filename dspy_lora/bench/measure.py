@@ -140,9 +140,10 @@ def soak(bench: Bench, calls: int = _SOAK_CALLS) -> list[Figure]:
 
     with dspy_settings(disable_history=True):
         before, own = ask(0, calls // 10), memory.megabytes()
-        after = ask(calls // 10, calls)
+        half, after = ask(calls // 10, calls // 2), ask(calls // 2, calls)
     return [
         Figure(f"engine's growth over {calls} calls", "MB", (after - before,), most=50),
+        Figure("in the second half of them", "MB", (after - half,)),
         Figure(f"caller's growth over {calls} calls", "MB", (memory.megabytes() - own,), most=50),
     ]
 
