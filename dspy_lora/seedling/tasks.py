@@ -1,7 +1,7 @@
 """Instruction-following tasks without end. The prompt alone decides every answer.
 
 What varies is everything a reader should not rely on: field names, wording, order, types, label sets. One word in ten
-and one wording in five are held out from training.
+and one wording in five are held out from training, as far as ``words.py`` and ``phrases.py`` say.
 """
 
 from collections.abc import Callable
