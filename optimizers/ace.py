@@ -18,7 +18,7 @@ from dspy.teleprompt.teleprompt import Teleprompter
 from dspy_lora.optimizers.ace_learner import Learner
 from dspy_lora.optimizers.ace_online import Online
 from dspy_lora.optimizers.ace_roles import Record, RuleReflector
-from dspy_lora.optimizers.rollouts import Rollout, Rollouts
+from dspy_lora.optimizers.rollouts import Pair, Rollout, Rollouts
 from dspy_lora.optimizers.run_log import RunLog, digest
 from dspy_lora.optimizers.run_settings import configured_settings, lm_settings, named, program_settings
 
@@ -251,24 +251,23 @@ class _Offline:
     def _keep(self) -> None:
         self.result.playbooks.append(self.playbook.copy())
         if self.val:
-            scores = [rollout.score for rollout in self._answer(self.val, traced=False)]
+            scores = [rollout.score for rollout in self._answer(self.val)[1]]
             self.result.val_scores.append(sum(scores) / len(scores))
 
-    def _answer(self, rows: Sequence[dspy.Example], traced: bool) -> list[Rollout]:
+    def _answer(self, rows: Sequence[dspy.Example]) -> tuple[list[Pair], list[Rollout]]:
         instructions = self.learner.instructions(self.playbook)
-        rollouts = self.rollouts.run([(instructions, row) for row in rows], traced)
-        errors = [rollout.error for rollout in rollouts if rollout.error]
-        if errors:
-            logger.warning("%d of %d rows failed; the first: %s", len(errors), len(rows), errors[0])
-        self.result.failures += errors
-        return rollouts
+        pairs = [(instructions, row) for row in rows]
+        rollouts = self.rollouts.run(pairs)
+        self.result.failures += [rollout.error for rollout in rollouts if rollout.error]
+        return pairs, rollouts
 
     def _step(self, rows: Sequence[dspy.Example]) -> list[float]:
         """Answers a batch and learns from it; returns its scores."""
-        rollouts = self._answer(rows, traced=True)
+        pairs, rollouts = self._answer(rows)
+        found = self.rollouts.records(pairs, list(self.learner.tasks))
         records: dict[str, list[Record]] = {name: [] for name in self.learner.tasks}
-        for row, rollout in zip(rows, rollouts, strict=True):
-            for name, attempts in self.learner.records(row, rollout).items():
+        for row, rollout, seen in zip(rows, rollouts, found, strict=True):
+            for name, attempts in self.learner.records(row, rollout.score, seen).items():
                 records[name] += attempts
         self.learner.fold(self.playbook, self._deltas(records))
         if self.ace.log_dir is not None:

@@ -8,7 +8,8 @@ import dspy
 from dspy_lora.optimizers.ace_roles import Curator, Record, Reflector, RuleCurator, RuleReflector
 from dspy_lora.optimizers.outages import is_answer, is_too_long
 from dspy_lora.optimizers.proposers import RIGHT_ANSWER
-from dspy_lora.optimizers.rollouts import Rollout, shown_value
+from dspy_lora.optimizers.rollouts import Records
+from dspy_lora.optimizers.traces import shown_value
 
 from dspy_lora.context.deltas import Add, Delta, Update
 from dspy_lora.context.playbook import Playbook
@@ -145,12 +146,12 @@ class Learner:
         playbook.refine(self.ace.embedder, self.ace.similarity)
         playbook.trim(self.ace.token_budget, self.count)
 
-    def records(self, example: dspy.Example, rollout: Rollout) -> dict[str, list[Record]]:
+    def records(self, example: dspy.Example, score: float, seen: Records) -> dict[str, list[Record]]:
         """The attempts of one row, with its score and, where it is known and wanted, the right answer."""
-        right = self._right_answers(example) if rollout.records else {}
+        right = self._right_answers(example) if seen else {}
         return {
-            name: [{**each, "Score": rollout.score} | _told(each["Feedback"], right.get(name, {})) for each in attempts]
-            for name, attempts in rollout.records.items()
+            name: [{**each, "Score": score} | _told(each["Feedback"], right.get(name, {})) for each in attempts]
+            for name, attempts in seen.items()
         }
 
     def _right_answers(self, example: dspy.Example) -> dict[str, dict[str, Any]]:

@@ -11,7 +11,8 @@ import dspy
 from dspy_lora.optimizers.ace_learner import Learner
 from dspy_lora.optimizers.ace_roles import Record
 from dspy_lora.optimizers.outages import is_outage
-from dspy_lora.optimizers.rollouts import Rollout, scored, shown_value
+from dspy_lora.optimizers.rollouts import Records, scored
+from dspy_lora.optimizers.traces import by_predictor, shown
 
 from dspy_lora.context.playbook import Playbook
 from dspy_lora.errors import ConfigError, DataError
@@ -48,7 +49,7 @@ class Online(dspy.Module):
         self.playbook = self._beginning()
         self.program = self.learner.told(self.playbook)
         self.failures: list[str] = []
-        self._answers: deque[tuple[dspy.Prediction, Rollout]] = deque(maxlen=_REMEMBERED)
+        self._answers: deque[tuple[dspy.Prediction, Records]] = deque(maxlen=_REMEMBERED)
         self._lock = threading.Lock()
 
     def _beginning(self) -> Playbook:
@@ -92,13 +93,11 @@ class Online(dspy.Module):
         """Keeps what feedback needs, and hands the trace on to whoever traces this call."""
         if dspy.settings.trace is not None:
             dspy.settings.trace.extend(trace)
-        names = {id(predictor): name for name, predictor in program.named_predictors()}
-        records: dict[str, list[dict[str, Any]]] = {}
-        for predictor, inputs, outputs in trace:
-            if (name := names.get(id(predictor))) is not None:
-                shown = [{key: shown_value(value) for key, value in part.items()} for part in (inputs, outputs)]
-                records.setdefault(name, []).append({"Inputs": shown[0], "Generated Outputs": shown[1]})
-        self._answers.append((prediction, Rollout(0.0, records=records)))
+        records = {
+            name: [{"Inputs": shown(inputs), "Generated Outputs": shown(outputs)} for _, inputs, outputs in calls]
+            for name, calls in by_predictor(program, trace).items()
+        }
+        self._answers.append((prediction, records))
 
     def feedback(
         self, prediction: dspy.Prediction, score: float, feedback: str = "", example: dspy.Example | None = None
@@ -115,15 +114,12 @@ class Online(dspy.Module):
             DataError: Not such an answer, or the playbook's file was edited by hand; what was learned is in
                 ``playbook`` then.
         """
-        answers = [rollout for known, rollout in list(self._answers) if known is prediction]
+        answers = [records for known, records in list(self._answers) if known is prediction]
         if not answers:
             raise DataError(f"{str(prediction)[:80]!r} is none of the last {_REMEMBERED} answers of this program.")
         text = feedback or f"This answer got a score of {score}."
-        judged = {
-            name: [{**each, "Feedback": text} for each in attempts] for name, attempts in answers[-1].records.items()
-        }
-        rollout = Rollout(float(score), records=judged)
-        self._learn(self.learner.records(example or dspy.Example().with_inputs(), rollout))
+        judged = {name: [{**each, "Feedback": text} for each in attempts] for name, attempts in answers[-1].items()}
+        self._learn(self.learner.records(example or dspy.Example().with_inputs(), float(score), judged))
 
     def learn(self, example: dspy.Example) -> Any:
         """Answers a row whose right answer is known, scores it with ACE's metric and folds that in.

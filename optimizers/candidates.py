@@ -59,8 +59,9 @@ class Space:
 
     Args:
         student: The program; it is not changed.
-        lm: Answers where a predictor has no LM of its own, and lends its adapters.
+        lm: Lends its registry and its base.
         adapters: Which adapters may be chosen; None leaves every predictor what it has.
+        default: Answers where a predictor has no LM of its own; None takes ``lm``.
 
     Attributes:
         arms: The choices of each predictor, the base model first; one choice where nothing is chosen or the LM takes no
@@ -68,13 +69,19 @@ class Space:
         start: The program as it is.
 
     Raises:
-        ConfigError: No adapter is left to choose from, or one is unknown.
+        ConfigError: No predictor, no adapter that is left to choose from, or one that is unknown.
     """
 
-    def __init__(self, student: dspy.Module, lm: LoRALM, adapters: Adapters | None) -> None:
+    def __init__(
+        self, student: dspy.Module, lm: LoRALM, adapters: Adapters | None, default: dspy.BaseLM | None = None
+    ) -> None:
         self.student, self.lm = student, lm
-        self._lms: dict[tuple[str, str], LoRALM] = {}
-        self._own = {name: predictor.lm for name, predictor in student.named_predictors()}
+        self._lms: dict[tuple[int, str], LoRALM] = {}
+        self._own = {name: predictor.lm or default or lm for name, predictor in student.named_predictors()}
+        if not self._own:
+            raise ConfigError(f"{student!r} has no predictor to optimize; those of compiled parts are frozen")
+        if isinstance(adapters, str) and adapters != "all":
+            raise ConfigError(f"adapters={adapters!r}: give 'all', or names in a list: [{adapters!r}]")
         self.arms = {name: self._arms(name, predictor, adapters) for name, predictor in student.named_predictors()}
         self.start = {
             name: encode(self._now(name), predictor.signature.instructions)
@@ -82,7 +89,7 @@ class Space:
         }
 
     def _arms(self, name: str, predictor: dspy.Predict, adapters: Adapters | None) -> list[str]:
-        lm = self._own[name] or self.lm
+        lm = self._own[name]
         if adapters is None or not isinstance(lm, LoRALM):
             return [self._now(name)]
         known = {revision.adapter: revision.ref for revision in lm.registry.list() if revision.is_for(lm.base)}
@@ -99,16 +106,17 @@ class Space:
         return list(dict.fromkeys(chosen))
 
     def _now(self, name: str) -> str:
-        lm = self._own[name] or self.lm
+        lm = self._own[name]
         if not isinstance(lm, LoRALM):
             return KEPT
         return lm.ref or BASE
 
     def _lm_for(self, name: str, arm: str) -> LoRALM:
-        if (name, arm) not in self._lms:
-            lm = self._own[name] or self.lm
-            self._lms[name, arm] = lm.copy(domain=None if arm == BASE else arm)
-        return self._lms[name, arm]
+        """One LM for all predictors that had the same: modules such as ``dspy.BestOfN`` ask for a single one."""
+        lm = self._own[name]
+        if (key := (id(lm), arm)) not in self._lms:
+            self._lms[key] = lm.copy(domain=None if arm == BASE else arm)
+        return self._lms[key]
 
     def build(self, candidate: Candidate) -> dspy.Module:
         """The program that a candidate means; each predictor knows its component's name."""

@@ -1,13 +1,15 @@
 """LoRAGEPA: chooses an adapter for each predictor and evolves its instruction with GEPA, together."""
 
+import inspect
 import logging
 import math
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import dspy
 from dspy.teleprompt import Teleprompter
@@ -22,17 +24,27 @@ from dspy_lora.optimizers.reflection import Reflection, alternatives, objectives
 from dspy_lora.optimizers.results import Found, LoRAGEPAResult
 from dspy_lora.optimizers.rollouts import Rollouts
 from dspy_lora.optimizers.run_log import RunLog, digest
-from dspy_lora.optimizers.run_settings import configured_settings, lm_settings, named, program_settings
+from dspy_lora.optimizers.run_settings import configured_settings, lm_settings, named, program_settings, written
 from gepa import optimize
+from gepa.core.state import FrontierType
 from gepa.strategies.proposal_sampling import IndependentSampling
+from gepa.utils import FileStopper
 
-from dspy_lora.errors import ConfigError
+from dspy_lora.errors import ConfigError, MissingDependencyError, near
 from dspy_lora.lm import LoRALM
 
 logger = logging.getLogger(__name__)
 
 _MOVES = 0.1  # share of the metric calls for adapter moves during GEPA
 _HELD_OUT = 0.4  # share of the training rows that validates where no valset is given
+_STRATEGIES = ("pareto", "current_best", "epsilon_greedy", "top_k_pareto")
+_OURS = frozenset(  # arguments of ``gepa.optimize`` that LoRAGEPA gives or stands in for
+    "seed_candidate trainset valset adapter task_lm evaluator reflection_lm reflection_lm_kwargs "
+    "candidate_selection_strategy skip_perfect_score reflection_minibatch_size perfect_score "
+    "reflection_prompt_template custom_candidate_proposer module_selector use_merge max_merge_invocations "
+    "max_metric_calls max_reflection_cost logger run_dir use_wandb wandb_api_key wandb_init_kwargs use_mlflow "
+    "track_best_outputs display_progress_bar seed raise_on_exception reflection_strategy".split()
+)
 _PROPOSALS = 4  # evaluated at once in a GEPA step
 
 
@@ -69,11 +81,15 @@ class LoRAGEPA(dspy.GEPA, Teleprompter):  # Teleprompter again: MLflow's autolog
             ``"cartesian"``) its front is over objectives: ``score``, ``adapters`` and ``seconds``, and those of the
             metric; ``detailed_results.front`` has the candidates that are best in some trade of them.
         **kwargs: As for ``dspy.GEPA``: one of ``auto``, ``max_full_evals`` and ``max_metric_calls``;
-            ``reflection_minibatch_size``, ``instruction_proposer``, ``component_selector``, ``log_dir``, ``seed``,
-            ``num_threads``, ``track_stats``...
+            ``reflection_minibatch_size``, ``instruction_proposer``, ``component_selector``, ``log_dir`` (a file
+            ``gepa.stop`` in it ends GEPA's phase), ``seed``, ``num_threads``, ``track_stats``... Unlike there,
+            ``add_format_failure_as_feedback`` is True unless given, ``warn_on_score_mismatch`` has no effect, and
+            ``track_best_outputs`` and ``code_proposer`` are not taken.
 
     Raises:
-        ConfigError: Not exactly one budget, a share outside 0 to 1, or nothing to optimize.
+        ConfigError: Not exactly one budget, a share outside 0 to 1, nothing to optimize, or an argument that GEPA would
+            not take.
+        MissingDependencyError: ``use_wandb`` or ``use_mlflow`` without the package.
         TypeError: A metric that does not take five arguments.
 
     Example:
@@ -108,6 +124,7 @@ class LoRAGEPA(dspy.GEPA, Teleprompter):  # Teleprompter again: MLflow's autolog
         if not (select_adapters or optimize_prompts):
             raise ConfigError("select_adapters and optimize_prompts are both False: there is nothing to optimize")
         self._offline = reflection_lm is None and instruction_proposer is None
+        kwargs = {"add_format_failure_as_feedback": True} | kwargs
         super().__init__(
             metric,
             reflection_lm=reflection_lm,
@@ -115,11 +132,32 @@ class LoRAGEPA(dspy.GEPA, Teleprompter):  # Teleprompter again: MLflow's autolog
             gepa_kwargs=_with_policy(gepa_kwargs or {}),
             **kwargs,
         )
-        if self._offline and "component_selector" not in kwargs:
-            self.component_selector = MostWrongSelector(self.custom_instruction_proposer, self.seed or 0)
+        self._most_wrong = self._offline and "component_selector" not in kwargs
         self.lm, self.adapters, self.prior, self.alpha = lm, adapters, prior, alpha
         self.adapter_budget, self.race_rows = adapter_budget, race_rows
         self.select_adapters, self.optimize_prompts = select_adapters, optimize_prompts
+        self._check_gepa()
+
+    def _check_gepa(self) -> None:
+        """What ``gepa.optimize`` would refuse only after the race has spent its calls."""
+        for name in ("track_best_outputs", "code_proposer"):
+            if getattr(self, {"code_proposer": "custom_code_proposer"}.get(name, name)):
+                raise ConfigError(f"LoRAGEPA takes no {name}")
+        allowed = sorted(inspect.signature(optimize).parameters.keys() - _OURS)
+        if wrong := sorted(self.gepa_kwargs.keys() - set(allowed)):
+            raise ConfigError(f"gepa_kwargs={wrong!r}: not taken. {near(wrong[0], allowed)}")
+        words = {
+            "candidate_selection_strategy": (self.candidate_selection_strategy, _STRATEGIES),
+            "component_selector": (self.component_selector, ("round_robin", "all")),
+            "val_evaluation_policy": (self.gepa_kwargs.get("val_evaluation_policy"), ("full_eval", "irt")),
+            "frontier_type": (self.gepa_kwargs.get("frontier_type"), get_args(FrontierType)),
+        }
+        for name, (word, known) in words.items():
+            if isinstance(word, str) and word not in known:
+                raise ConfigError(f"{name}={word!r}; allowed are {', '.join(map(repr, known))}")
+        for name, wanted in (("wandb", self.use_wandb), ("mlflow", self.use_mlflow)):
+            if wanted and find_spec(name) is None:
+                raise MissingDependencyError(f"use_{name}=True needs {name}: pip install {name}")
 
     def compile(
         self,
@@ -148,7 +186,8 @@ class LoRAGEPA(dspy.GEPA, Teleprompter):  # Teleprompter again: MLflow's autolog
         if teacher is not None:
             raise ConfigError("LoRAGEPA takes no teacher")
         train, val = self._rows(trainset, valset)
-        run = _Run(self, Space(student, self._lm(student), self.adapters if self.select_adapters else None), train, val)
+        adapters = self.adapters if self.select_adapters else None
+        run = _Run(self, Space(student, self._lm(student), adapters, self.lm or dspy.settings.lm), train, val)
         result = run.result()
         program = run.space.build(result.found[result.best_idx].candidate)
         program._compiled = True
@@ -164,7 +203,7 @@ class LoRAGEPA(dspy.GEPA, Teleprompter):  # Teleprompter again: MLflow's autolog
             raise ConfigError("trainset is empty: LoRAGEPA needs rows to race adapters on and to reflect on")
         if valset:
             return list(trainset), list(valset)
-        rows = Random(self.seed).sample(list(trainset), len(trainset))
+        rows = Random(self.seed or 0).sample(list(trainset), len(trainset))
         held = max(1, round(_HELD_OUT * len(rows)))
         if held == len(rows):
             raise ConfigError("one training row and no valset: give more rows")
@@ -180,10 +219,11 @@ class LoRAGEPA(dspy.GEPA, Teleprompter):  # Teleprompter again: MLflow's autolog
         return lm
 
     def budget(self, predictors: int, train: int, val: int) -> int:
-        """The most metric calls of a run."""
+        """The metric calls of a run; the last step of GEPA, which may score several candidates, can go beyond them."""
         if self.auto is not None:
             candidates = {"light": 6, "medium": 12, "heavy": 18}[self.auto]
-            return int(self.auto_budget(predictors, candidates, val) / (1 - self.adapter_budget))
+            raced = self.adapter_budget if self.select_adapters else 0.0
+            return int(self.auto_budget(predictors, candidates, val) / (1 - raced))
         if self.max_full_evals is not None:
             return self.max_full_evals * (train + val)
         return int(self.max_metric_calls)
@@ -206,10 +246,13 @@ class _Run:
     ) -> None:
         self.owner, self.space, self.train, self.val = owner, space, train, val
         self.seed = owner.seed or 0
+        self._val_keys = [digest(row.toDict()) for row in self.val]
         self.total = owner.budget(len(space.start), len(train), len(val))
         self.log = RunLog(None if owner.log_dir is None else Path(owner.log_dir), self._settings())
         self.rollouts = Rollouts(space, owner.metric_fn, self.log, owner.num_threads, owner.failure_score)
         self.shares = self._shares()
+        proposer = owner.custom_instruction_proposer
+        self.proposer = proposer.fresh() if isinstance(proposer, RuleProposer) else proposer or _built_in()
         if owner._offline and owner.optimize_prompts:
             logger.info("No reflection_lm: instructions are written by RuleProposer, by counting.")
 
@@ -218,14 +261,14 @@ class _Run:
         policy = owner.gepa_kwargs.get("val_evaluation_policy")
         return {
             "train": digest(*(row.toDict() for row in self.train)),
-            "val": digest(*(row.toDict() for row in self.val)),
+            "val": digest(*self._val_keys),
             "program": program_settings(self.space.student),
             "adapters": self.space.arms,
             "base": self.space.lm.base.revision,
             "lm": lm_settings(self.space.lm),
             "reflection_lm": lm_settings(owner.reflection_lm),
             "configured": configured_settings(),
-            "metric": named(owner.metric_fn),
+            "metric": written(owner.metric_fn),
             "failure_score": owner.failure_score,
             "perfect_score": owner.perfect_score,
             "metric_calls": self.total,
@@ -233,7 +276,7 @@ class _Run:
             "race_rows": owner.race_rows,
             "optimize_prompts": owner.optimize_prompts,
             "minibatch": owner.reflection_minibatch_size,
-            "component_selector": named(owner.component_selector),
+            "component_selector": MostWrongSelector.__name__ if owner._most_wrong else named(owner.component_selector),
             "instruction_proposer": named(owner.custom_instruction_proposer),
             "val_evaluation_policy": repr(policy) if isinstance(policy, IRTEvaluationPolicy) else type(policy).__name__,
             "seed": self.seed,
@@ -263,9 +306,9 @@ class _Run:
     # -- phases ----------------------------------------------------------------------------------------------------
 
     def result(self) -> LoRAGEPAResult:
-        """Race, GEPA, choice."""
-        race = self._race()
+        """The program as it is, so that what fails on every row is told before calls are spent; race, GEPA, choice."""
         found = [self._found(self.space.start, [])]
+        race = self._race()
         winner = with_arms(self.space.start, dict(zip(self.space.start, race.ranking[0], strict=True)))
         if winner != self.space.start:
             found.append(self._found(winner, [0]))
@@ -275,7 +318,9 @@ class _Run:
             found += self._evolve(winner, reflection, len(found) - 1)
             moves = reflection.moves
         choice = choose(
-            [each.val_scores for each in found], [self._complexity(each) for each in found], self.owner.alpha
+            [self._by_row(each.val_scores) for each in found],
+            [self._complexity(each) for each in found],
+            self.owner.alpha,
         )
         return LoRAGEPAResult(
             found=found,
@@ -289,7 +334,7 @@ class _Run:
             seconds=self.rollouts.seconds,
             seed=self.owner.seed,
             log_dir=self.owner.log_dir,
-            programs=[self.space.build(each.candidate) for each in found] if self.owner.track_stats else [],
+            candidates=[self.space.build(each.candidate) for each in found] if self.owner.track_stats else [],
         )
 
     def _race(self) -> Race:
@@ -314,13 +359,14 @@ class _Run:
         return Reflection(
             self.rollouts,
             self.log,
-            owner.custom_instruction_proposer or _built_in(),
+            self.proposer,
             owner.reflection_lm,
             alternatives([*race.ranking, assignment(self.space.start)], list(self.space.start)),
             self.train,
             self.shares.moves,
             owner.perfect_score,
             self.seed,
+            owner.add_format_failure_as_feedback,
         )
 
     def _evolve(self, seed_candidate: Candidate, reflection: Reflection, parent: int) -> list[Found]:
@@ -335,7 +381,7 @@ class _Run:
             skip_perfect_score=owner.skip_perfect_score,
             reflection_minibatch_size=owner.reflection_minibatch_size,
             perfect_score=owner.perfect_score,
-            module_selector=owner.component_selector,
+            module_selector=self._selector(reflection),
             use_merge=owner.use_merge,
             max_merge_invocations=owner.max_merge_invocations,
             max_metric_calls=self.shares.gepa - self._reserve() + len(self.val),
@@ -348,7 +394,7 @@ class _Run:
             display_progress_bar=False,
             seed=self.seed,
             raise_on_exception=True,
-            **({"sampling_strategy": IndependentSampling(_PROPOSALS)} | owner.gepa_kwargs),
+            **({"sampling_strategy": IndependentSampling(_PROPOSALS)} | owner.gepa_kwargs | self._stoppers()),
         )
         scores = self._completed(result.candidates, result.val_subscores)
         kept = [index for index, each in enumerate(scores) if len(each) == len(self.val)]
@@ -359,12 +405,25 @@ class _Run:
                 [places[each] for each in _nearest(index, result.parents, places)],
                 [scores[index][row] for row in range(len(self.val))],
                 self.space.changes(result.candidates[index]),
-                self.shares.race + result.discovery_eval_counts[index],
+                reflection.found_at[digest(result.candidates[index])],
                 result.val_aggregate_subscores[index] if result.val_aggregate_subscores else {},
             )
             for index in kept
             if index
         ]
+
+    def _selector(self, reflection: Reflection) -> Any:
+        if not self.owner._most_wrong:
+            return self.owner.component_selector
+        return MostWrongSelector(reflection.records, self.proposer, self.seed)
+
+    def _stoppers(self) -> dict[str, Any]:
+        """GEPA's own way to end a run early: a file ``gepa.stop`` in ``log_dir``."""
+        given = self.owner.gepa_kwargs.get("stop_callbacks") or []
+        stoppers = list(given) if isinstance(given, Sequence) else [given]
+        if self.owner.log_dir is not None:
+            stoppers.append(FileStopper(str(Path(self.owner.log_dir) / "gepa.stop")))
+        return {"stop_callbacks": stoppers or None}
 
     def _reserve(self) -> int:
         """Metric calls for the rows that an evaluation policy left out, of the candidates that may win."""
@@ -394,6 +453,13 @@ class _Run:
         names = dict.fromkeys(name for each in judged for name in each)
         means = {name: fmean(each[name] for each in judged if name in each) for name in names}
         return Found(candidate, parents, scores, self.space.changes(candidate), self.rollouts.calls, means)
+
+    def _by_row(self, scores: Sequence[float]) -> list[float]:
+        """Sums over the copies of each row: a row that is there twice is no more evidence for its sign."""
+        sums: dict[str, float] = {}
+        for row, score in zip(self._val_keys, scores, strict=True):
+            sums[row] = sums.get(row, 0.0) + score
+        return list(sums.values())
 
     def _complexity(self, found: Found) -> float:
         """Changes first; of equally many the shorter instructions."""

@@ -1,5 +1,6 @@
 """Instruction proposers that need no language model."""
 
+import copy
 import itertools
 import math
 import re
@@ -76,6 +77,12 @@ class RuleProposer:
     ) -> None:
         self.gold, self.max_rules, self.seed = gold, max_rules, seed
         self._rows: dict[str, dict[str, Row]] = defaultdict(dict)
+
+    def fresh(self) -> "RuleProposer":
+        """The same proposer, which has seen no row."""
+        other = copy.copy(self)
+        other._rows = defaultdict(dict)
+        return other
 
     def remember(self, reflective_dataset: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
         """Takes rows in; a row that was seen before is replaced."""

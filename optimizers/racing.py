@@ -12,6 +12,7 @@ as predictors may not suit one another, whatever won on the way meets in a last 
 """
 
 import itertools
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from typing import Any
 import numpy as np
 from dspy_lora.optimizers.asking import leaders_information
 from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
 
 Assignment = tuple[str, ...]
 Scorer = Callable[[Sequence[tuple[Assignment, Any]]], Sequence[float]]  # of assignments on rows
@@ -110,6 +113,9 @@ class Racer:
             ranking = self.halve(list(itertools.product(*self.choices)), self.budget)
         else:
             ranking = self._screen_and_ascend()
+        if size > 1 and not self.rounds:
+            logger.warning("%d metric calls are too few for one round among %d assignments", self.budget, size)
+            self.rounds.append(f"{self.budget} metric calls are too few for one round among {size} assignments")
         return Race(ranking[:_KEPT], self.standings, self.calls, self.rounds)
 
     # -- sequential halving ----------------------------------------------------------------------------------------
@@ -202,6 +208,9 @@ class Racer:
 
     def _ask_telling_first(self, effects: Sequence[NDArray[np.float64]]) -> None:
         """Moves the rows that tell most about the likely winner to the front, those that tell least to the end."""
+        if any(table.min() < 0 or table.max() > 1 for table in effects):
+            self.rounds.append("rows are asked as drawn: item response theory needs scores from 0 to 1")
+            return
         information = leaders_information(effects)
         seen = len(information)
         usual = float(np.median(information))

@@ -4,6 +4,8 @@
 share each other's traces, and it loses an example whose answer parses in part.
 """
 
+import itertools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
 from typing import Any
@@ -12,18 +14,21 @@ import dspy
 from dspy_lora.optimizers.candidates import BASE, KEPT, Candidate, arm_of, decode, encode, with_arms
 from dspy_lora.optimizers.outages import Passing, is_outage
 from dspy_lora.optimizers.proposers import RuleProposer
-from dspy_lora.optimizers.rollouts import Rollout, Rollouts
+from dspy_lora.optimizers.rollouts import UNPARSED, Pair, Records, Rollout, Rollouts
 from dspy_lora.optimizers.run_log import RunLog, digest
 from gepa import EvaluationBatch, GEPAAdapter
 
+logger = logging.getLogger(__name__)
+
 Proposer = Callable[..., Mapping[str, str]]
+Trajectory = tuple[Pair, Rollout]
 
 _MOVE_ROWS = 16  # an adapter move must win on as many training rows before GEPA sees it: its own three are too few
 _MOVE_SHARE = 0.3  # of the proposals that could move
 _MOVE_FAILING = 0.5  # a move is tried where at least this share of a minibatch failed
 
 
-class Reflection(GEPAAdapter[dspy.Example, Rollout, None]):
+class Reflection(GEPAAdapter[dspy.Example, Trajectory, None]):
     """What ``gepa.optimize`` calls.
 
     Args:
@@ -36,9 +41,11 @@ class Reflection(GEPAAdapter[dspy.Example, Rollout, None]):
         move_calls: Metric calls that moves may spend.
         perfect_score: From here on a row did not fail.
         seed: Of the moves.
+        unparsed: Whether reflection sees answers that did not parse.
 
     Attributes:
         moves: One line a move that was tried.
+        found_at: Metric calls that had been made when a candidate was first evaluated, by its digest.
     """
 
     def __init__(
@@ -52,35 +59,38 @@ class Reflection(GEPAAdapter[dspy.Example, Rollout, None]):
         move_calls: int,
         perfect_score: float,
         seed: int,
+        unparsed: bool = True,
     ) -> None:
         self.rollouts, self.log, self.proposer, self.reflection_lm = rollouts, log, proposer, reflection_lm
         self.alternatives, self.trainset, self.move_calls = alternatives, trainset, move_calls
-        self.perfect_score, self.seed = perfect_score, seed
+        self.perfect_score, self.seed, self.unparsed = perfect_score, seed, unparsed
         self.moves: list[str] = []
+        self.found_at: dict[str, int] = {}
         self._moved: dict[str, dict[str, str] | None] = {}  # by proposal
 
     # -- evaluation ------------------------------------------------------------------------------------------------
 
     def evaluate(
         self, batch: list[dspy.Example], candidate: Candidate, capture_traces: bool = False
-    ) -> EvaluationBatch[Rollout, None]:
+    ) -> EvaluationBatch[Trajectory, None]:
         """One candidate on a batch."""
         return self.batch_evaluate([(candidate, batch)], capture_traces=capture_traces)[0]
 
     def batch_evaluate(
         self, items: list[tuple[Candidate, list[dspy.Example]]], *, capture_traces: bool = True
-    ) -> list[EvaluationBatch[Rollout, None]]:
+    ) -> list[EvaluationBatch[Trajectory, None]]:
         """Several candidates on a batch each, all rows at once."""
         pairs = [(candidate, example) for candidate, batch in items for example in batch]
-        found, batches = iter(self.rollouts.run(pairs, capture_traces)), []
+        found, batches = zip(pairs, self.rollouts.run(pairs), strict=True), list[EvaluationBatch[Trajectory, None]]()
         for candidate, batch in items:
-            part = [next(found) for _ in batch]
+            self.found_at.setdefault(digest(candidate), self.rollouts.calls)
+            part = list(itertools.islice(found, len(batch)))
             batches.append(
                 EvaluationBatch(
                     outputs=[None] * len(part),
-                    scores=[rollout.score for rollout in part],
+                    scores=[rollout.score for _, rollout in part],
                     trajectories=part if capture_traces else None,
-                    objective_scores=[objectives(candidate, rollout) for rollout in part],
+                    objective_scores=[objectives(candidate, rollout) for _, rollout in part],
                 )
             )
         return batches
@@ -88,17 +98,36 @@ class Reflection(GEPAAdapter[dspy.Example, Rollout, None]):
     # -- new texts -------------------------------------------------------------------------------------------------
 
     def make_reflective_dataset(
-        self, candidate: Candidate, eval_batch: EvaluationBatch[Rollout, None], components_to_update: list[str]
+        self, candidate: Candidate, eval_batch: EvaluationBatch[Trajectory, None], components_to_update: list[str]
     ) -> Mapping[str, Sequence[Mapping[str, Any]]]:
-        """The records of each predictor, with the score of the whole program."""
+        """The records of each predictor, with the score of the whole program.
+
+        Raises:
+            Passing: An LM that judges is out of reach.
+        """
+        seen = [each for each in eval_batch.trajectories or [] if self.unparsed or not _is_unparsed(each[1])]
+        found = self.records([pair for pair, _ in seen], components_to_update)
         return {
             name: [
                 record | {"Score": rollout.score}
-                for rollout in eval_batch.trajectories or []
-                for record in rollout.records.get(name, [])
+                for (_, rollout), records in zip(seen, found, strict=True)
+                for record in records.get(name, [])
             ]
             for name in components_to_update
         }
+
+    def records(self, pairs: Sequence[Pair], names: Sequence[str]) -> list[Records]:
+        """As ``Rollouts.records``, where GEPA would go on after an outage.
+
+        Raises:
+            Passing: An LM that judges is out of reach.
+        """
+        try:
+            return self.rollouts.records(pairs, names)
+        except Exception as exc:
+            if is_outage(exc):
+                raise Passing(exc) from exc
+            raise
 
     def propose_new_texts(
         self,
@@ -117,6 +146,7 @@ class Reflection(GEPAAdapter[dspy.Example, Rollout, None]):
         except Exception as exc:
             if is_outage(exc):  # GEPA would go on without this proposal
                 raise Passing(exc) from exc
+            logger.warning("a proposal failed: %s: %s", type(exc).__name__, exc)
             raise
 
     def _proposal(
@@ -179,6 +209,10 @@ class Reflection(GEPAAdapter[dspy.Example, Rollout, None]):
 
     def _failed(self, records: Sequence[Mapping[str, Any]]) -> float:
         return sum(record["Score"] < self.perfect_score for record in records) / len(records) if records else 0.0
+
+
+def _is_unparsed(rollout: Rollout) -> bool:
+    return rollout.error is not None and rollout.error.startswith(UNPARSED)
 
 
 def objectives(candidate: Candidate, rollout: Rollout) -> dict[str, float]:

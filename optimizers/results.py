@@ -60,7 +60,7 @@ class LoRAGEPAResult:
 
     Attributes:
         found: Every candidate that was scored on the validation rows, the program as it was first.
-        programs: The same as programs; empty unless ``track_stats``.
+        candidates: The same as programs; empty unless ``track_stats``.
         choice: Which one was returned and why.
         race: One line a round of the race.
         ranking: The assignments that the race handed on, best first.
@@ -84,7 +84,7 @@ class LoRAGEPAResult:
     seconds: float
     seed: int | None
     log_dir: str | None
-    programs: list[dspy.Module] = field(default_factory=list)
+    candidates: list[dspy.Module] = field(default_factory=list)
 
     @property
     def best_idx(self) -> int:
@@ -92,9 +92,24 @@ class LoRAGEPAResult:
         return self.choice.index
 
     @property
-    def candidates(self) -> list[dspy.Module]:
-        """The candidates as programs (``track_stats``)."""
-        return self.programs
+    def best_candidate(self) -> dspy.Module:
+        """The program that was returned, as one of ``candidates`` (``track_stats``)."""
+        return self.candidates[self.best_idx]
+
+    @property
+    def parents(self) -> list[list[int]]:
+        """Which candidates each one came from."""
+        return [found.parents for found in self.found]
+
+    @property
+    def val_subscores(self) -> list[dict[int, float]]:
+        """Each candidate's score on each validation row."""
+        return [dict(enumerate(found.val_scores)) for found in self.found]
+
+    @property
+    def total_metric_calls(self) -> int:
+        """``dspy.GEPA``'s name for ``metric_calls``."""
+        return self.metric_calls
 
     @property
     def val_aggregate_scores(self) -> list[float]:

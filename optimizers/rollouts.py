@@ -1,8 +1,11 @@
 """Candidates on examples: all pairs of a step in one pool of threads, so that the engine runs one mixed batch."""
 
 import logging
+import math
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -12,11 +15,16 @@ from dspy.utils.parallelizer import ParallelExecutor
 from dspy_lora.optimizers.candidates import Candidate
 from dspy_lora.optimizers.outages import is_outage, is_refusal
 from dspy_lora.optimizers.run_log import RunLog, digest
+from dspy_lora.optimizers.traces import Call, Trace, by_predictor, shown, unparsed_by
 
 logger = logging.getLogger(__name__)
 
 Pair = tuple[Candidate, dspy.Example]
+Records = dict[str, list[dict[str, Any]]]  # of each predictor: inputs, outputs, feedback
+UNPARSED = "the answer could not be parsed"  # what the error of such a rollout begins with
+
 _NO_FEEDBACK = "This trajectory got a score of {score}."
+_KEPT = 4_096  # answers that can still be judged without asking again
 
 
 @dataclass(frozen=True)
@@ -27,7 +35,6 @@ class Rollout:
         score: The metric's.
         objectives: Its ``objective_scores``.
         error: What the program or the metric raised; the score is the failure score then.
-        records: For each predictor that ran what reflection sees: inputs, outputs, feedback. Empty unless traced.
         usage: Tokens by kind, and ``calls`` of LMs.
         seconds: Wall time of the program, with the others of its batch beside it.
     """
@@ -35,9 +42,24 @@ class Rollout:
     score: float
     objectives: dict[str, float] = field(default_factory=dict)
     error: str | None = None
-    records: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     usage: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What a program gave for an example, as long as it is in memory.
+
+    Attributes:
+        prediction: None where it raised.
+        trace: Its calls of predictors.
+        unparsed: What it raised where an answer did not parse.
+    """
+
+    program: dspy.Module
+    prediction: Any
+    trace: Trace
+    unparsed: AdapterParseError | None
 
 
 class Builder(Protocol):
@@ -52,13 +74,15 @@ class Rollouts:
 
     Args:
         space: Builds the candidates' programs.
-        metric: DSPy's GEPA metric, ``(gold, pred, trace, pred_name, pred_trace)``.
+        metric: DSPy's GEPA metric, ``(gold, pred, trace, pred_name, pred_trace)``. Scores are asked without a trace, as
+            in ``dspy.Evaluate``; feedback is asked with it.
         log: Answers that are known, and where new ones go.
         threads: How many run at once.
         failure_score: Where the program or the metric raises.
 
     Attributes:
-        calls: Metric calls so far, those answered from the log included.
+        calls: Metric calls for scores so far, those answered from the log included.
+        failures: How many of them failed.
         seconds: Wall time of what was run.
     """
 
@@ -67,12 +91,14 @@ class Rollouts:
     ) -> None:
         self.space, self.metric, self.log = space, metric, log
         self.threads, self.failure_score = threads, failure_score
-        self.calls = 0
+        self.calls = self.failures = 0
         self.seconds = 0.0
         self.usage: dict[str, float] = {}
         self._seen: set[str] = set()
+        self._answers: OrderedDict[str, _Answer] = OrderedDict()
+        self._lock = threading.Lock()
 
-    def run(self, pairs: Sequence[Pair], traced: bool = False) -> list[Rollout]:
+    def run(self, pairs: Sequence[Pair]) -> list[Rollout]:
         """Answers pairs in their order.
 
         A pair that the LM refuses while it answers others fails, and is asked again by a run that goes on.
@@ -81,124 +107,175 @@ class Rollouts:
             LMError: The LM is out of reach, or another outage (``outages.py``). Answers that came before it, and those
                 that were under way, are in the log; the pair that met it is not, and is asked again.
         """
-        keys = [digest("rollout", traced, candidate, example.toDict()) for candidate, example in pairs]
+        keys = [_key("rollout", pair) for pair in pairs]
         new = {key: pair for key, pair in zip(keys, pairs, strict=True) if self.log.get(key) is None}
         if new:
-            self._run_new(new, traced)
+            self._run_new(new)
         found = {key: Rollout(**self.log.get(key)) for key in keys}
         for key in dict.fromkeys(keys):
             if key not in self._seen:
+                self._count(found[key])
                 self._seen.add(key)
-                self.calls += 1
-                for kind, count in found[key].usage.items():
-                    self.usage[kind] = self.usage.get(kind, 0) + count
         return [found[key] for key in keys]
 
-    def _run_new(self, new: dict[str, Pair], traced: bool) -> None:
-        programs = {digest(candidate): self.space.build(candidate) for candidate, _ in new.values()}
+    def records(self, pairs: Sequence[Pair], names: Sequence[str]) -> list[Records]:
+        """What reflection sees of pairs that ran: of each predictor named its inputs, outputs and feedback.
+
+        The metric is called once for each call of these predictors. A pair that is no longer in memory is answered
+        again, by DSPy's cache as a rule.
+
+        Raises:
+            LMError: As ``run``.
+        """
+        keys = [_key("records", pair, *names) for pair in pairs]
+        new = {key: pair for key, pair in zip(keys, pairs, strict=True) if self.log.get(key) is None}
+        programs = self._programs([pair for pair in new.values() if _key("rollout", pair) not in self._answers])
+
+        def run(key: str, pair: Pair) -> None:
+            self.log.put(key, self._records(pair, names, programs))
+
+        self._in_threads(run, new)
+        return [self.log.get(key) for key in keys]
+
+    def _count(self, rollout: Rollout) -> None:
+        self.calls += 1
+        self.failures += rollout.error is not None
+        for kind, count in rollout.usage.items():
+            self.usage[kind] = self.usage.get(kind, 0) + count
+
+    def _programs(self, pairs: Iterable[Pair]) -> dict[str, dspy.Module]:
+        candidates = {digest(candidate): candidate for candidate, _ in pairs}
+        return {key: self.space.build(candidate) for key, candidate in candidates.items()}
+
+    def _run_new(self, new: Mapping[str, Pair]) -> None:
+        programs = self._programs(new.values())
+
+        def run(key: str, pair: Pair) -> None:
+            self.log.put(key, asdict(self._one(key, programs[digest(pair[0])], pair[1])))
+
+        refused = self._in_threads(run, new)
+        for key, exc in refused.items():
+            logger.warning("the LM refused %s: %s", str(new[key][1])[:200], exc)
+            failed = Rollout(self.failure_score, {}, f"{type(exc).__name__}: {exc}")
+            self.log.put(key, asdict(failed), lasting=False)
+        errors = [error for key in new if (error := self.log.get(key)["error"])]
+        if errors:
+            logger.warning("%d of %d rows failed; the first: %s", len(errors), len(new), errors[0])
+
+    def _in_threads(self, ask: Callable[[str, Pair], None], new: Mapping[str, Pair]) -> dict[str, Exception]:
+        """Asks all; returns what an LM that answers others has refused, and raises any other outage."""
         raised: list[Exception] = []
         refused: dict[str, Exception] = {}
 
         def run(item: tuple[str, Pair]) -> None:
             if raised:
                 return  # the others would meet the same outage, each after its retries
-            key, (candidate, example) = item
             try:
-                self.log.put(key, asdict(self._one(programs[digest(candidate)], example, traced)))
+                ask(*item)
             except Exception as exc:  # noqa: BLE001 - raised below, when those under way have ended
                 if is_refusal(exc):
-                    refused[key] = exc
+                    refused[item[0]] = exc
                 else:
                     raised.append(exc)
 
+        if not new:
+            return {}
         began = time.monotonic()
-        executor = ParallelExecutor(self.threads, disable_progress_bar=True, timeout=0)
-        executor.execute(run, list(new.items()))
+        ParallelExecutor(self.threads, disable_progress_bar=True, timeout=0).execute(run, list(new.items()))
         self.seconds += time.monotonic() - began
         if len(refused) == len(new) and (len(new) > 1 or not len(self.log)):
             raised += refused.values()  # it refuses everything
         if raised:
             raise raised[0]
-        for key, exc in refused.items():
-            logger.warning("the LM refused %s: %s", str(new[key][1])[:200], exc)
-            failed = Rollout(self.failure_score, {}, f"{type(exc).__name__}: {exc}", {}, {}, 0.0)
-            self.log.put(key, asdict(failed), lasting=False)
+        return refused
 
-    def _one(self, program: dspy.Module, example: dspy.Example, traced: bool) -> Rollout:
+    def _one(self, key: str, program: dspy.Module, example: dspy.Example) -> Rollout:
         """One answer; what the program or the metric raises is its failure, but for an outage."""
         with dspy.context(trace=[]), dspy.track_usage() as tracker:
-            failed: AdapterParseError | None = None
+            unparsed: AdapterParseError | None = None
             prediction, error = None, None
             began = time.monotonic()
             try:
                 prediction = program(**example.inputs())
             except AdapterParseError as exc:
-                failed, error = exc, f"the answer could not be parsed: {exc.lm_response[:500]}"
+                unparsed, error = exc, f"{UNPARSED}: {exc.lm_response[:500]}"
             except Exception as exc:
                 if is_outage(exc):
                     raise
                 error = f"{type(exc).__name__}: {exc}"
             seconds = time.monotonic() - began
             trace = list(dspy.settings.trace)
+        self._keep(key, _Answer(program, prediction, trace, unparsed))
         usage = _usage(tracker.get_total_tokens(), len(trace))
         if error is None:
             try:
-                score, objectives, _ = scored(self.metric(example, prediction, trace, None, None))
-                records = self._records(program, example, prediction, trace) if traced else {}
-                return Rollout(score, objectives, None, records, usage, seconds)
+                score, objectives, _ = scored(self.metric(example, prediction, None, None, None))
+                return Rollout(score, objectives, None, usage, seconds)
             except Exception as exc:
                 if is_outage(exc):  # of an LM that judges
                     raise
                 error = f"the metric raised {type(exc).__name__}: {exc}"
-                logger.warning("%s on %s", error, str(example)[:200])
-        records = {}
-        if traced and failed is not None:
-            records = dict(_unparsed(program, failed))
-        return Rollout(self.failure_score, {}, error, records, usage, seconds)
+        return Rollout(self.failure_score, {}, error, usage, seconds)
 
-    def _records(
-        self, program: dspy.Module, example: dspy.Example, prediction: Any, trace: list[Any]
-    ) -> dict[str, list[dict[str, Any]]]:
-        """What each predictor got, gave, and how the metric judges it."""
-        names = {id(predictor): name for name, predictor in program.named_predictors()}
-        records: dict[str, list[dict[str, Any]]] = {}
-        for predictor, inputs, outputs in trace:
-            if (name := names.get(id(predictor))) is None:
-                continue  # a module that the program made on the way
-            part = [(predictor, inputs, outputs)]
-            score, _, feedback = scored(self.metric(example, prediction, trace, name, part))
-            records.setdefault(name, []).append(
-                {
-                    "Inputs": {key: shown_value(value) for key, value in inputs.items()},
-                    "Generated Outputs": {key: shown_value(value) for key, value in outputs.items()},
-                    "Feedback": feedback or _NO_FEEDBACK.format(score=score),
-                }
-            )
-        return records
+    def _keep(self, key: str, answer: _Answer) -> None:
+        with self._lock:
+            self._answers[key] = answer
+            while len(self._answers) > _KEPT:
+                self._answers.popitem(last=False)
+
+    def _records(self, pair: Pair, names: Sequence[str], programs: Mapping[str, dspy.Module]) -> Records:
+        """What predictors got, gave, and how the metric judges it."""
+        (candidate, example), key = pair, _key("rollout", pair)
+        if (answer := self._answers.get(key)) is None:
+            self._one(key, programs[digest(candidate)], example)
+            answer = self._answers[key]
+        if answer.unparsed is not None:
+            return _unparsed(answer, answer.unparsed)
+        if answer.prediction is None:
+            return {}
+        calls = by_predictor(answer.program, answer.trace)
+        return {name: [self._record(example, answer, name, call) for call in calls.get(name, [])] for name in names}
+
+    def _record(self, example: dspy.Example, answer: _Answer, name: str, call: Call) -> dict[str, Any]:
+        _, inputs, outputs = call
+        try:
+            score, _, feedback = scored(self.metric(example, answer.prediction, answer.trace, name, [call]))
+        except Exception as exc:
+            if is_outage(exc):
+                raise
+            logger.warning("the metric raised %s: %s for feedback on %r", type(exc).__name__, exc, name)
+            score, feedback = self.failure_score, None
+        told = feedback or _NO_FEEDBACK.format(score=score)
+        return {"Inputs": shown(inputs), "Generated Outputs": shown(outputs), "Feedback": told}
 
 
-def _unparsed(program: dspy.Module, failed: AdapterParseError) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """The record of an answer that did not parse, for the predictor whose signature it was to follow."""
-    for name, predictor in program.named_predictors():
-        if predictor.signature.equals(failed.signature):
-            fields = ", ".join(failed.signature.output_fields)
-            feedback = f"The answer could not be parsed. It must give every output field: {fields}."
-            yield name, [{"Inputs": {}, "Generated Outputs": failed.lm_response, "Feedback": feedback}]
-            return
+def _key(kind: str, pair: Pair, *parts: Any) -> str:
+    return digest(kind, pair[0], pair[1].toDict(), *parts)
+
+
+def _unparsed(answer: _Answer, failed: AdapterParseError) -> Records:
+    """The record of an answer that did not parse, for the predictor that gave it."""
+    if (name := unparsed_by(answer.program, answer.trace, failed)) is None:
+        return {}
+    fields = ", ".join(failed.signature.output_fields)
+    feedback = f"The answer could not be parsed. It must give every output field: {fields}."
+    return {name: [{"Inputs": {}, "Generated Outputs": failed.lm_response, "Feedback": feedback}]}
 
 
 def scored(result: Any) -> tuple[float, dict[str, float], str | None]:
-    """Score, objectives and feedback of what a metric returned."""
-    if isinstance(result, dspy.Prediction):
-        return float(result.score), dict(result.get("objective_scores") or {}), result.get("feedback")
-    if isinstance(result, dict):
-        return float(result["score"]), dict(result.get("objective_scores") or {}), result.get("feedback")
-    return float(result), {}, None
+    """Score, objectives and feedback of what a metric returned.
 
-
-def shown_value(value: Any) -> str:
-    """A field's value as text."""
-    return value if isinstance(value, str) else str(value)
+    Raises:
+        ValueError: The score is not finite.
+    """
+    objectives: Mapping[str, Any] = {}
+    feedback = None
+    if isinstance(result, dspy.Prediction | dict):
+        objectives, feedback, result = result.get("objective_scores") or {}, result.get("feedback"), result["score"]
+    if not math.isfinite(score := float(result)):
+        raise ValueError(f"the metric's score is {score}")
+    told = None if feedback is None else str(feedback)
+    return score, {name: float(value) for name, value in objectives.items()}, told
 
 
 def _usage(tokens: dict[str, dict[str, Any]], calls: int) -> dict[str, float]:

@@ -2,18 +2,26 @@
 
 The search is deterministic given the answers it got. A run that goes on therefore begins at the beginning and takes
 every answer that is already in the log from there, which costs no metric call and no LM call, and ends as an unbroken
-run ends.
+run ends. Feedback is asked when reflection first wants it: where the answer is from the log, its row is asked again.
 """
 
 import hashlib
 import json
+import logging
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
+
 from dspy_lora.adapters.base import ABSENT
 from dspy_lora.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 class RunLog:
@@ -30,6 +38,7 @@ class RunLog:
     def __init__(self, folder: Path | None, settings: dict[str, Any]) -> None:
         self._answers: dict[str, Any] = {}
         self._lock = threading.Lock()
+        self._torn = False  # the last line may have been written in part: the disk is full
         self._file = None if folder is None else folder / "answers.jsonl"
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -45,9 +54,14 @@ class RunLog:
             for line in lines:
                 if not line.endswith(b"\n"):
                     break  # the process was killed while it wrote this
-                entry = json.loads(line)
-                self._answers[entry["key"]] = entry["answer"]
                 whole += len(line)
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    if line.strip():
+                        logger.warning("%s: a line that was written in part is left out", self._file)
+                    continue
+                self._answers[entry["key"]] = entry["answer"]
         with self._file.open("r+b") as lines:
             lines.truncate(whole)
 
@@ -63,13 +77,16 @@ class RunLog:
         with self._lock:
             self._answers[key] = answer
             if lasting and self._file is not None:
+                line = json.dumps({"key": key, "answer": answer}) + "\n"
                 with self._file.open("a", encoding="utf-8") as lines:
-                    lines.write(json.dumps({"key": key, "answer": answer}) + "\n")
+                    begin, self._torn = "\n" if self._torn else "", True
+                    lines.write(begin + line)
+                self._torn = False
 
 
 def digest(*parts: Any) -> str:
-    """A short name of anything JSON can write; for what it cannot see ``plain``."""
-    text = json.dumps(parts, sort_keys=True, default=plain, ensure_ascii=False)
+    """A short name of anything JSON can write, and of the rest as far as it can be pickled."""
+    text = json.dumps(parts, sort_keys=True, default=_whole, ensure_ascii=False)
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:24]
 
 
@@ -78,6 +95,18 @@ def plain(value: Any) -> Any:
     if isinstance(value, set | frozenset):
         return sorted(value, key=digest)
     return repr(value)
+
+
+def _whole(value: Any) -> Any:
+    """As ``plain``; a ``repr`` that leaves something out, or tells an address, gets the hash of the pickled object."""
+    text = plain(value)
+    if not isinstance(text, str) or not ("..." in text or ADDRESS.search(text)):
+        return text
+    try:
+        pickled = cloudpickle.dumps(value)
+    except Exception:  # noqa: BLE001 - whatever a class raises that cannot be pickled; the address tells it apart
+        return text
+    return f"{ADDRESS.sub('', text)} {hashlib.sha256(pickled).hexdigest()[:24]}"
 
 
 def _check_settings(file: Path, settings: dict[str, Any]) -> None:

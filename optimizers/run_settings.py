@@ -4,19 +4,19 @@
 answer, and nothing that changes by itself: no address of an object, no order of a set, no key that is renewed.
 """
 
+import inspect
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import dspy
 import pydantic
 from dspy.adapters.utils import get_annotation_name, translate_field_type
-from dspy_lora.optimizers.run_log import digest, plain
+from dspy_lora.optimizers.run_log import ADDRESS, digest, plain
 
 from dspy_lora.lm import LoRALM
 
-_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 # Where an LM is asked and who asks; the answers are the model's.
 _PRIVATE = re.compile(r"^api_|^base_url$|key|secret|password|credential|auth|header|(^|_)token$", re.IGNORECASE)
 
@@ -52,6 +52,16 @@ def named(part: Any) -> str | None:
     if part is None or isinstance(part, str):
         return part
     return str(getattr(part, "__qualname__", type(part).__qualname__))
+
+
+def written(function: Callable[..., Any]) -> str | None:
+    """A function by its name and its source, where Python finds it."""
+    function = inspect.unwrap(function)
+    try:
+        source = digest(inspect.getsource(function))
+    except (TypeError, OSError):  # an object that can be called, or typed in by hand
+        return named(function)
+    return f"{named(function)} {source}"
 
 
 def _options(part: Any) -> dict[str, Any]:
@@ -103,4 +113,4 @@ def _stable(value: Any) -> Any:
         written = json.dumps(value, default=plain)
     except (TypeError, ValueError):  # keys that are no text, or a value that holds itself
         written = json.dumps(repr(value))
-    return json.loads(_ADDRESS.sub("", written))
+    return json.loads(ADDRESS.sub("", written))

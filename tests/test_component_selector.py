@@ -11,17 +11,21 @@ CANDIDATE = {"first": "a", "second": "b"}
 
 
 def rollout(**answers):
-    """One row whose right answer is "yes" for every predictor."""
+    """What the predictors did with one row, whose right answer is "yes" for each."""
     feedback = {name: "Right." if given == "yes" else "The right answer is yes." for name, given in answers.items()}
-    records = {
+    return {
         name: [{"Inputs": {"text": "t"}, "Generated Outputs": {"label": given}, "Feedback": feedback[name]}]
         for name, given in answers.items()
     }
-    return Rollout(0.5, {}, None, records, {}, 0.0)
 
 
 def drawn(rollouts):
-    select = MostWrongSelector(RuleProposer(), seed=0)
+    def records(pairs, names):
+        assert (pairs, names) == (list(range(len(rollouts))), ["first", "second"])
+        return rollouts
+
+    select = MostWrongSelector(records, RuleProposer(), seed=0)
+    trajectories = [(pair, Rollout(0.5)) for pair in range(len(rollouts))]
 
     def state(at):
         return SimpleNamespace(
@@ -31,7 +35,7 @@ def drawn(rollouts):
         )
 
     turns = [0]
-    return [select(state(at), rollouts, [0.5] * len(rollouts), 0, CANDIDATE)[0] for at in range(40)]
+    return [select(state(at), trajectories, [0.5] * len(rollouts), 0, CANDIDATE)[0] for at in range(40)]
 
 
 def test_the_predictor_with_more_wrong_answers_is_drawn_more_often():

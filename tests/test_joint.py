@@ -133,8 +133,10 @@ def test_one_after_the_other_is_charged_the_race_s_validation_once(lm, monkeypat
     monkeypatch.setattr(joint, "_optimizer", functools.partial(joint._optimizer, instruction_proposer=nothing))
     two = problem()
     found = joint.methods(two, lm, 120, 0, 4, ask_all(two.parts(), two.train, lm, joint.metric, 4))
-    alone = found["adapters, then GEPA"][0].detailed_results.race_calls
-    assert alone == 0 and found["adapters, then GEPA"][1] == found["LoRAGEPA"][1]
+    then, charged = found["adapters, then GEPA"]
+    assert then.detailed_results.race_calls == 0
+    reflected = then.detailed_results.metric_calls - len(two.dev)  # rows that LoRAGEPA's race may have asked already
+    assert 0 <= charged - found["LoRAGEPA"][1] <= reflected
 
 
 def rows_of(folder, count):

@@ -1,5 +1,6 @@
 """LoRAGEPA on a fake engine whose adapters know one topic each and whose base model follows rules that it is told."""
 
+import functools
 import json
 import re
 import threading
@@ -24,7 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dspy_lora import LoRALM
-from dspy_lora.errors import ConfigError
+from dspy_lora.errors import ConfigError, MissingDependencyError
 
 LABELS = {"apple": "fruit", "carrot": "vegetable", "hammer": "tool", "violin": "instrument"}
 KNOWS = {"legal": ("apple", "carrot", "hammer", "violin"), "financial": ("apple", "hammer")}
@@ -194,6 +195,98 @@ def test_without_selection_gepa_gets_the_whole_budget(world, monkeypatch):
     assert given == [400, 160]  # of the other's, a race and moves get 160 and 40, the race's winner 40
 
 
+def test_a_predictor_without_an_lm_keeps_to_the_configured_one(monkeypatch):
+    world = World(monkeypatch, {"legal": tuple(LABELS)})
+    student = Two()
+    student.first.lm = LoRALM(domain="financial")
+    other = world.lm("legal@")
+    with dspy.context(lm=other):
+        compiled = optimizer(lm=None, optimize_prompts=False, adapters=["legal"]).compile(
+            student, trainset=rows(20), valset=rows(12)
+        )
+    assert adapters(compiled)["second"] == "as set"
+    assert compiled.second.lm is None
+
+
+def test_predictors_of_one_lm_and_one_adapter_share_an_lm():
+    student = Two()
+    space = Space(student, LoRALM(), ["legal"])
+    arm = space.arms["first"][1]
+    built = space.build(candidates.with_arms(space.start, {"first": arm, "second": arm}))
+    assert built.get_lm().domain == "legal"  # which dspy.BestOfN asks for
+
+
+def test_one_optimizer_compiles_twice_alike(world):
+    world.knows = {}
+    sets = {"trainset": rows(40), "valset": rows(24, shift=40)}
+    twice = optimizer(max_metric_calls=500, select_adapters=False)
+    runs = [twice.compile(dspy.Predict("text -> label"), **sets).detailed_results for _ in range(2)]
+    assert [found.candidate for found in runs[0].found] == [found.candidate for found in runs[1].found]
+    assert len(runs[0].found) > 1
+    assert all(found.metric_calls <= runs[0].metric_calls for found in runs[0].found)
+
+
+def test_validation_rows_are_judged_once_and_without_a_trace(world):
+    world.knows, traced = {}, []
+
+    def judged(gold, pred, trace=None, pred_name=None, pred_trace=None):
+        traced.append((trace is not None, pred_name is not None, int(gold.text.split()[1]) >= 40))
+        return metric(gold, pred)
+
+    result = (
+        optimizer(metric=judged, max_metric_calls=500, select_adapters=False)
+        .compile(dspy.Predict("text -> label"), trainset=rows(40), valset=rows(24, shift=40))
+        .detailed_results
+    )
+    assert {each[:2] for each in traced} == {(False, False), (True, True)}
+    assert not any(asked and of_val for _, asked, of_val in traced)
+    assert sum(not asked for _, asked, _ in traced) == result.metric_calls
+
+
+def test_a_score_that_is_no_number_does_not_win(world):
+    def judged(gold, pred, trace=None, pred_name=None, pred_trace=None):
+        return 1.0 if pred.label == gold.label else float("nan")
+
+    compiled = optimizer(metric=judged, optimize_prompts=False).compile(
+        dspy.Predict("text -> label"), trainset=rows(40), valset=rows(24, shift=40)
+    )
+    assert adapters(compiled)["self"].startswith("legal@")
+
+
+def test_copies_of_a_validation_row_are_no_more_evidence(world):
+    sets = {"trainset": rows(20), "valset": rows(4)}
+    once = optimizer(optimize_prompts=False).compile(dspy.Predict("text -> label"), **sets).detailed_results
+    sets["valset"] = [row.copy() for row in rows(4) for _ in range(5)]
+    copied = optimizer(optimize_prompts=False).compile(dspy.Predict("text -> label"), **sets).detailed_results
+    assert once.choice.gain == copied.choice.gain > 0.05
+    assert [found.val_score for found in once.found] == [found.val_score for found in copied.found]
+
+
+def test_no_share_is_added_for_a_race_that_does_not_take_place():
+    plain = dspy.GEPA(metric, auto="light", reflection_lm=DummyLM([]))
+    alone = optimizer(max_metric_calls=None, auto="light", select_adapters=False)
+    assert alone.budget(2, 100, 50) == plain.auto_budget(2, 6, 50)
+
+
+def test_a_file_in_the_log_s_folder_ends_gepa(world, tmp_path):
+    world.knows = {}
+    (tmp_path / "gepa.stop").touch()
+    result = (
+        optimizer(log_dir=str(tmp_path), select_adapters=False)
+        .compile(dspy.Predict("text -> label"), trainset=rows(40), valset=rows(24, shift=40))
+        .detailed_results
+    )
+    assert (len(result.found), result.metric_calls) == (1, 24)
+
+
+def test_a_proposer_that_fails_is_told(world, caplog):
+    world.knows = {}
+    optimizer(instruction_proposer=lambda: {}, select_adapters=False).compile(
+        dspy.Predict("text -> label"), trainset=rows(40), valset=rows(24, shift=40)
+    )
+    assert "a proposal failed: TypeError" in caplog.text
+
+
 def test_equal_adapters_gain_nothing(monkeypatch):
     World(monkeypatch, dict.fromkeys(KNOWS, ()))
     compiled = optimizer(optimize_prompts=False).compile(
@@ -265,7 +358,7 @@ def test_a_killed_run_goes_on_without_asking_again_and_ends_as_an_unbroken_one(w
                 raise Killed
         return metric(*args)
 
-    dying.__qualname__ = metric.__qualname__
+    functools.update_wrapper(dying, metric)  # for the log they are one
     world.asked.clear()
     with pytest.raises(Killed):
         optimizer(metric=dying, log_dir=str(tmp_path / "cut"), num_threads=1).compile(program, **sets)
@@ -274,7 +367,7 @@ def test_a_killed_run_goes_on_without_asking_again_and_ends_as_an_unbroken_one(w
     with (tmp_path / "cut" / "answers.jsonl").open("a") as file:
         file.write('{"key": "torn')
     resumed = optimizer(log_dir=str(tmp_path / "cut"), num_threads=1).compile(program, **sets)
-    assert len(world.asked) <= calls + 1  # the row under which it died
+    assert len(world.asked) <= calls + 1 + 12  # the row under which it died, and what reflection sees of the race
     assert whole.detailed_results.moves
     for name in ("found", "ranking", "choice", "metric_calls", "race", "moves", "usage"):
         assert getattr(resumed.detailed_results, name) == getattr(whole.detailed_results, name)
@@ -382,7 +475,7 @@ def test_an_outage_ends_the_run_which_goes_on_without_it(world, tmp_path, monkey
     assert "overloaded" not in (tmp_path / "cut" / "answers.jsonl").read_text()
     down = False
     resumed = compiled("cut")
-    assert len(world.asked) <= calls + 4  # those whose metric the outage hit
+    assert len(world.asked) <= calls + 4 + 12  # those whose metric the outage hit, and what reflection sees of the race
     for name in ("ranking", "choice", "metric_calls", "race", "moves"):
         assert getattr(resumed.detailed_results, name) == getattr(whole.detailed_results, name)
 
@@ -467,11 +560,25 @@ def test_a_prompt_that_is_too_long_fails_its_row_alone(world, monkeypatch):
         ({"auto": "light"}, "exactly one of"),
         ({"adapter_budget": 1.0}, "no share"),
         ({"select_adapters": False, "optimize_prompts": False}, "nothing to optimize"),
+        ({"gepa_kwargs": {"frontier": "objective"}}, r"\['frontier'\]: not taken. Did you mean .*frontier_type"),
+        ({"gepa_kwargs": {"max_metric_calls": 3}}, "not taken"),
+        ({"gepa_kwargs": {"val_evaluation_policy": "IRT"}}, "val_evaluation_policy='IRT'; allowed are"),
+        ({"gepa_kwargs": {"frontier_type": "rows"}}, "frontier_type='rows'; allowed are 'instance'"),
+        ({"component_selector": "roundrobin"}, "component_selector='roundrobin'; allowed are 'round_robin', 'all'"),
+        ({"candidate_selection_strategy": "best"}, "candidate_selection_strategy='best'; allowed are 'pareto'"),
+        ({"track_stats": True, "track_best_outputs": True}, "takes no track_best_outputs"),
+        ({"code_proposer": print}, "takes no code_proposer"),
     ],
 )
 def test_settings_that_cannot_be(kwargs, match):
     with pytest.raises(ConfigError, match=match):
         optimizer(**kwargs)
+
+
+def test_a_tracker_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(lora_gepa, "find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match="pip install wandb"):
+        optimizer(use_wandb=True)
 
 
 def test_compile_says_what_is_missing(world):
@@ -486,6 +593,13 @@ def test_compile_says_what_is_missing(world):
         optimizer(max_metric_calls=10).compile(program, trainset=rows(4), valset=rows(20))
     with pytest.raises(ConfigError, match="legal"):
         optimizer(adapters=["legl"]).compile(program, trainset=rows(4), valset=rows(4))
+    with pytest.raises(ConfigError, match=r"give 'all', or names in a list: \['legal'\]"):
+        optimizer(adapters="legal").compile(program, trainset=rows(4), valset=rows(4))
+    frozen = dspy.Module()
+    frozen.inner = Two()
+    frozen.inner._compiled = True
+    with pytest.raises(ConfigError, match="no predictor to optimize"):
+        optimizer().compile(frozen, trainset=rows(4), valset=rows(4))
 
 
 def test_a_candidate_text_holds_adapter_and_instruction():

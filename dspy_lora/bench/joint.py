@@ -160,7 +160,8 @@ def methods(
     """Every method's program and its metric calls.
 
     GEPA after something else scores what it starts from on the dev rows, as LoRAGEPA does once: what the race scored
-    there already is not counted again.
+    there already is not counted again. Training rows that the race asked and reflection sees are, where LoRAGEPA has
+    their answers.
     """
     sets = {"trainset": problem.train, "valset": problem.dev}
 
