@@ -119,6 +119,14 @@ def test_patterns_by_peft_rules(adapter, base):
     assert info.rank == 32
 
 
+def test_an_alpha_of_zero_for_some_modules(adapter, base):
+    assert check_adapter(adapter.save(lora_alpha=0, alpha_pattern={"q_proj": 8}), base, MAX_RANK).modules == 14
+    for module in MODULES:
+        if module.endswith("q_proj"):
+            adapter.tensors[adapter.key(module, "B")] *= 0
+    assert "would change nothing" in refusal(adapter.save(lora_alpha=0, alpha_pattern={"q_proj": 8}), base)
+
+
 def test_names_without_pefts_prefix(adapter, base):
     adapter.tensors = {name.removeprefix("base_model.model."): value for name, value in adapter.tensors.items()}
     assert check_adapter(adapter.save(), base, MAX_RANK).modules == 14
@@ -218,6 +226,9 @@ def test_an_adapter_that_peft_wrote(tmp_path):
         ({"peft_type": None}, ["peft_type None"]),
         ({"r": 0}, ["r = 0"]),
         ({"r": "many"}, ["r = 'many'"]),
+        ({"lora_alpha": 0}, ["lora_alpha in adapter_config.json is 0", "would change nothing"]),
+        ({"lora_alpha": float("nan")}, ["lora_alpha = nan is not allowed"]),
+        ({"alpha_pattern": {".*": 0}}, ["lora_alpha in adapter_config.json is 0"]),
         ({"target_modules": "(["}, ["no regular expression"]),
         ({"rank_pattern": {"q_proj": 128}}, ["rank 128 is above the engine's 64", "max_lora_rank"]),
         ({"r": 16}, ["do not have the rank 16", "save it again"]),
@@ -473,6 +484,72 @@ def test_a_base_that_changes_has_another_revision(tmp_path):
     file = tmp_path / "base/model-00001-of-00002.safetensors"
     save_file({name: value * 2 for name, value in load_file(file).items()}, file)
     assert resolve_base(before.name).revision != before.revision
+
+
+def test_a_large_file_counts_with_blocks_of_its_content(tmp_path, monkeypatch):
+    monkeypatch.setattr(base_module, "_WHOLE_FILE", 2**20)
+    name, file = write_base(tmp_path / "base").name, tmp_path / "base/model-00001-of-00002.safetensors"
+    weights, revisions = np.zeros(20 * 2**20, np.uint8), set()
+    for changed in (None, slice(None), 0, -1):  # nothing, all, the first byte, the last
+        weights[:] = 0
+        if changed is not None:
+            weights[changed] = 1
+        save_file({"a": weights}, file)
+        revisions.add(resolve_base(name).revision)
+    assert len(revisions) == 4
+
+
+def test_the_blocks_of_a_large_file_are_evenly_spaced():
+    starts, size = base_module._block_starts(1000, 2**30), 2**30
+    steps = np.diff(starts)
+    assert (len(starts), starts[0], starts[-1] + 64 * 2**10) == (64, 1000, size)
+    assert steps.max() - steps.min() <= 1
+    assert base_module._block_starts(1000, 1000) == [1000] * 64
+
+
+def test_the_seedlings_revision_is_that_of_its_adapters():
+    assert resolve_base("seedling").revision == "da5964ee401e"
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_weights_in_another_form_beside_do_not_count(adapter, tmp_path, index):
+    """Another download of the same model lacks them."""
+    folder = Path(write_base(tmp_path / "base").path)
+    files = sorted(folder.glob("*.safetensors"))
+    if index:
+        weight_map = {name: file.name for file in files for name in load_file(file)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    else:
+        save_file({name: value for file in files for name, value in load_file(file).items()}, folder / files[0].name)
+        files[1].unlink()
+        files[0].rename(folder / "model.safetensors")
+    before = resolve_base(str(folder))
+    save_file({"layers.0.self_attn.q_proj.weight": np.ones((2, 2), np.float32)}, folder / "consolidated.safetensors")
+    assert resolve_base(str(folder)) == before
+    assert check_adapter(adapter.save(), before, MAX_RANK).modules == 14
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"weight_map": 1}'])
+def test_an_index_that_is_none(tmp_path, text):
+    name = write_base(tmp_path / "base").name
+    (tmp_path / "base/model.safetensors.index.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"model.safetensors.index.json is no index of weights: .* Copy or download"):
+        resolve_base(name)
+
+
+def test_a_weights_file_that_is_a_link_to_nothing(tmp_path):
+    name, file = write_base(tmp_path / "base").name, tmp_path / "base/model-00002-of-00002.safetensors"
+    file.unlink()
+    file.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=rf"base model '{name}' cannot be read: .*'{file}'\. Copy or download"):
+        resolve_base(name)
+
+
+def test_a_download_whose_weights_are_links_to_nothing_stays_an_id(download):
+    file = Path(download("Pruned").path) / "model-00002-of-00002.safetensors"
+    file.unlink()
+    file.symlink_to("nowhere")
+    assert resolve_base("Org/Pruned").revision == "main"
 
 
 def test_a_hub_id_that_is_not_cached_stays_an_id():

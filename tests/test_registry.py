@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from dspy_lora.adapters import disk
 from dspy_lora.adapters import registry as registry_module
+from dspy_lora.adapters import revision as revision_module
 from dspy_lora.adapters.base import resolve_base
 from dspy_lora.adapters.registry import AdapterRegistry
 from dspy_lora.errors import AdapterError, ChangedAdapterError, PublishError, UnknownAdapterError
@@ -94,7 +95,7 @@ def test_publish_and_resolve(registry, base, make):
     assert published.size == sum(
         (published.path / name).stat().st_size for name in ("adapter_config.json", "adapter_model.safetensors")
     )
-    assert not list(registry.root.glob(".staging*"))
+    assert not list(registry.root.glob(".dspy-lora-staging*"))
 
 
 def test_only_an_adapters_own_files_are_copied(registry, make):
@@ -341,6 +342,13 @@ def test_a_damaged_current_revision_can_be_removed(registry, make):
     assert registry.resolve("legal") == good
 
 
+def test_a_record_of_a_later_version_is_read(registry, make):
+    published = registry.publish(make(1), "legal")
+    file = published.path / "revision.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"signed_by": "somebody", "path": "/elsewhere"}))
+    assert registry.resolve("legal") == published
+
+
 def test_a_revision_under_another_name_is_damaged(registry, make):
     published = registry.publish(make(1), "legal")
     (registry.root / "law").symlink_to(registry.root / "legal")
@@ -482,15 +490,31 @@ def test_a_read_only_registry_is_read(registry, make):
 
 def test_what_a_killed_publisher_left_is_no_adapter_and_goes_away(registry, make):
     registry.root.mkdir()
-    old, young = registry.root / ".staging-old", registry.root / ".staging-young"
-    for folder in (old, young):
+    old, young = registry.root / ".dspy-lora-staging-old", registry.root / ".dspy-lora-staging-young"
+    a_users = registry.root / ".staging-2024-sales"
+    for folder in (old, young, a_users):
         (folder / "revision").mkdir(parents=True)
-    two_days_ago = time.time() - 2 * 24 * 3600
-    os.utime(old, (two_days_ago, two_days_ago))
+    _age(old)
+    _age(a_users)
     assert registry.list() == []
     registry.publish(make(1), "legal")
     assert not old.exists()
     assert young.exists()
+    assert a_users.exists()
+
+
+def _age(folder):
+    two_days_ago = time.time() - 2 * 24 * 3600
+    os.utime(folder, (two_days_ago, two_days_ago))
+
+
+def test_what_a_writer_works_on_for_days_stays(registry, make, tmp_path):
+    with disk.drafting(registry.root / "long", overwrite=False) as draft:
+        (draft / "rows").write_text("1")
+        _age(draft.parent)
+        registry.publish(make(1), "legal")
+        assert (draft / "rows").exists()
+    assert (registry.root / "long" / "rows").read_text() == "1"
 
 
 # -- many at once ------------------------------------------------------------------------------------------------------
@@ -514,6 +538,72 @@ def test_a_writer_waits_for_another(registry, make):
     assert len(registry.history("legal")) == 2
 
 
+def test_a_forked_child_does_not_keep_the_lock(tmp_path):
+    code = (
+        "import os, pathlib, signal, sys, time\n"
+        "from dspy_lora.adapters import disk\n"
+        "root = pathlib.Path(sys.argv[1])\n"
+        "with disk.lock(root):\n"
+        "    child = os.fork()\n"
+        "    if child == 0:\n"
+        "        time.sleep(60)\n"
+        "        os._exit(0)\n"
+        "signal.alarm(20)\n"
+        "try:\n"
+        "    with disk.lock(root): print('free')\n"
+        "finally:\n"
+        "    os.kill(child, signal.SIGKILL)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert done.stdout == "free\n"
+
+
+@pytest.fixture
+def just_before(monkeypatch):
+    """Lets something happen once, between a function of the registry's module being called and its doing anything."""
+
+    def just_before(name, happens):
+        function = getattr(registry_module, name)
+
+        def late(*args):
+            monkeypatch.setattr(registry_module, name, function)
+            happens()
+            return function(*args)
+
+        monkeypatch.setattr(registry_module, name, late)
+
+    return just_before
+
+
+def test_the_current_revision_is_removed_while_it_is_resolved(registry, make, monkeypatch):
+    first, second = (registry.publish(make(number), "legal") for number in range(2))
+    read = revision_module.read_json
+
+    def late(path):
+        monkeypatch.setattr(revision_module, "read_json", read)
+        AdapterRegistry(registry.root).remove("legal", second.revision)
+        return read(path)
+
+    monkeypatch.setattr(revision_module, "read_json", late)
+    assert registry.resolve("legal") == first
+
+
+def test_a_rollback_goes_back_from_what_is_current_when_its_turn_comes(registry, make, just_before):
+    _, second = (registry.publish(make(number), "legal") for number in range(2))
+    just_before("lock", lambda: registry.publish(make(2), "legal"))
+    assert registry.rollback("legal") == second
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_second_of_two_removals_says_that_there_is_nothing(registry, make, just_before, whole):
+    first, _ = (registry.publish(make(number), "legal") for number in range(2))
+    wanted = ("legal", None if whole else first.revision)
+    just_before("lock", lambda: registry.remove(*wanted))
+    with pytest.raises(UnknownAdapterError, match="no adapter 'legal'" if whole else "has no revision"):
+        registry.remove(*wanted)
+
+
 def test_threads_publish_side_by_side(registry, make):
     sources = [make(number) for number in range(8)]
     seen, done = [], threading.Event()
@@ -534,7 +624,7 @@ def test_threads_publish_side_by_side(registry, make):
     assert len({revision.revision for revision in published}) == 8
     assert {revision.revision for revision in registry.history("legal")} == {each.revision for each in published}
     assert registry.resolve("legal").revision == registry.history("legal")[-1].revision
-    assert not list(registry.root.glob(".staging*"))
+    assert not list(registry.root.glob(".dspy-lora-staging*"))
 
 
 def test_processes_publish_side_by_side(registry, make):
@@ -584,6 +674,18 @@ def test_bundled_adapters_lie_under_the_users(bundled, make, base, tmp_path):
     with pytest.raises(UnknownAdapterError, match="bundled adapters cannot be removed"):
         registry.remove("legal", bundled.revision)
     assert files(bundled.path.parent) == before
+
+
+def test_a_later_packages_adapter_is_found_where_nothing_of_the_users_is_left(bundled, make, base):
+    registry = AdapterRegistry()
+    own = registry.publish(make(1), "legal", base=base)
+    registry.remove("legal", own.revision)
+    assert registry.resolve("legal") == bundled
+    packaged = AdapterRegistry(bundled.path.parents[1])
+    later = packaged.publish(make(2), "legal", base=base)
+    packaged.remove("legal", bundled.revision)
+    assert registry.resolve("legal") == later
+    assert not (registry.root / "legal").exists()
 
 
 def test_bundled_adapters_are_the_seedlings_alone(bundled, tmp_path, monkeypatch):

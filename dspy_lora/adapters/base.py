@@ -18,9 +18,11 @@ SEEDLING_FOLDER = Path(__file__).parents[1] / "seedling" / "base"
 ABSENT = "main"  # revision of a base that is not on this disk
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
-# Weights files below this size count with their whole content, larger ones with their header: reading 16 GB for a
-# fingerprint would take longer than loading the model.
+# Weights files below this size (bytes) count with their whole content, larger ones with their header and blocks evenly
+# spaced over the file: reading 16 GB for a fingerprint would take longer than loading the model.
 _WHOLE_FILE = 256 * 2**20
+_BLOCKS, _BLOCK = 64, 64 * 2**10  # number, bytes
+_ONE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _FETCHED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")  # no second copy of the weights as pickles
 _TOKENIZERS = ("tokenizer*", "*.model", "vocab.*")
 _SHARD = re.compile(r".*-\d+-of-(\d+)\.safetensors")
@@ -37,8 +39,9 @@ class Base:
     Attributes:
         name: As it was asked for: ``"seedling"``, a Hugging Face id or a folder.
         path: Its folder; the id where the model is not on this disk.
-        revision: First 12 hex digits of the SHA-256 over its configuration and weights; ``ABSENT`` where it is not on
-            this disk.
+        revision: First 12 hex digits of the SHA-256 over its configuration and weights, of a weights file of 256 MiB
+            or more over its size, its header and 64 evenly spaced blocks of 64 KiB; ``ABSENT`` where it is not on this
+            disk.
     """
 
     name: str
@@ -72,7 +75,7 @@ def resolve_base(model: str | None) -> Base:
         process lives.
 
     Raises:
-        ConfigError: Neither a model folder nor a Hugging Face id.
+        ConfigError: Neither a model folder nor a Hugging Face id, or a file of the model cannot be read.
     """
     if model is None:
         _announce_seedling()
@@ -135,15 +138,44 @@ def _announce_seedling() -> None:
 
 def _from_folder(name: str, folder: Path) -> Base:
     folder = folder.resolve()
-    weights = sorted(folder.glob("*.safetensors"))
-    if not (folder / "config.json").is_file() or not weights:
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         raise ConfigError(
             f"base model {name!r}: {folder} holds no model (config.json and *.safetensors). "
             + ("Reinstall dspy-lora, or name another base model." if name == SEEDLING else "Give a model's folder.")
         )
-    files = [folder / "config.json", *weights]
-    stamps = tuple((stat.st_size, stat.st_mtime_ns) for stat in (file.stat() for file in files))
-    return Base(name, str(folder), _fingerprint(tuple(files), stamps))
+    try:
+        files = (folder / "config.json", *weights_files(folder))
+        stamps = tuple((stat.st_size, stat.st_mtime_ns) for stat in (file.stat() for file in files))
+        return Base(name, str(folder), _fingerprint(files, stamps))
+    except OSError as exc:
+        raise ConfigError(f"base model {name!r} cannot be read: {exc}. Copy or download {folder} again.") from exc
+
+
+def weights_files(folder: Path) -> list[Path]:
+    """A model's weights: what its index names, else ``model.safetensors``, else all safetensors files.
+
+    A folder may hold the same weights in another form too (``consolidated.safetensors`` of Mistral's models), and
+    whether it does differs from download to download.
+
+    Raises:
+        ConfigError: The index is malformed.
+        OSError: It cannot be read.
+    """
+    if indexed := _indexed(folder):
+        return [folder / name for name in sorted(indexed)]
+    one = folder / _ONE_FILE
+    return [one] if one.is_file() else sorted(folder.glob("*.safetensors"))
+
+
+def _indexed(folder: Path) -> set[str]:
+    """Names of the files that a model's index lists; empty where it has no index."""
+    index = folder / _INDEX
+    if not index.is_file():
+        return set()
+    try:
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, TypeError, KeyError, AttributeError) as exc:
+        raise ConfigError(f"{index} is no index of weights: {exc!r}. Copy or download it again.") from exc
 
 
 @functools.lru_cache(maxsize=64)
@@ -153,10 +185,19 @@ def _fingerprint(files: tuple[Path, ...], stamps: tuple[tuple[int, int], ...]) -
     for file, (size, _) in zip(files[1:], stamps[1:], strict=True):
         digest.update(f"\n{file.name} {size}\n".encode())
         with file.open("rb") as opened:
-            header = 8 + int.from_bytes(opened.read(8), "little")
+            header = min(8 + int.from_bytes(opened.read(8), "little"), _WHOLE_FILE)
             opened.seek(0)
-            digest.update(opened.read(size if size < _WHOLE_FILE else min(header, _WHOLE_FILE)))
+            digest.update(opened.read(size if size < _WHOLE_FILE else header))
+            for start in _block_starts(header, size) if size >= _WHOLE_FILE else ():
+                opened.seek(start)
+                digest.update(opened.read(_BLOCK))
     return digest.hexdigest()[:12]
+
+
+def _block_starts(header: int, size: int) -> list[int]:
+    """Where the blocks of a large file start (bytes): the first behind its header, the last at its end."""
+    room = max(size - _BLOCK - header, 0)
+    return [header + room * number // (_BLOCKS - 1) for number in range(_BLOCKS)]
 
 
 def _cached_snapshot(model: str) -> Path | None:
@@ -178,9 +219,8 @@ def _has_tokenizer(folder: Path) -> bool:
 
 def _has_all_weights(folder: Path) -> bool:
     """Whether a snapshot's download has ended: vLLM goes on with one that it is asked for by id, not by folder."""
-    there = {file.name for file in folder.glob("*.safetensors")}
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return there.issuperset(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    there = {file.name for file in folder.glob("*.safetensors") if file.is_file()}  # not a link to nothing
+    if indexed := _indexed(folder):
+        return there.issuperset(indexed)
     shards = [int(found[1]) for found in map(_SHARD.fullmatch, there) if found]
     return bool(there) and len(shards) == max(shards, default=0)

@@ -4,7 +4,7 @@ import functools
 import json
 from pathlib import Path
 
-from dspy_lora.adapters.base import Base
+from dspy_lora.adapters.base import Base, weights_files
 from dspy_lora.adapters.weights import Tensor, read_header
 from dspy_lora.errors import ConfigError
 
@@ -35,8 +35,7 @@ def _modules(folder: Path, revision: str) -> dict[str, Shape] | None:
     """The revision is only a part of the cache's key: a base that was replaced is read again."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        files = sorted(folder.glob("*.safetensors"))
-        tensors = {name: tensor for file in files for name, tensor in read_header(file).items()}
+        tensors = {name: tensor for file in weights_files(folder) for name, tensor in read_header(file).items()}
     except (OSError, ValueError) as exc:
         raise ConfigError(f"base model {folder} cannot be read: {exc}. Copy or download it again.") from exc
     if "text_config" in config:

@@ -81,7 +81,7 @@ def check_adapter(folder: str | Path, base: Base, max_rank: int) -> AdapterInfo:
     else:
         _check_fits_base(folder, config, pairs, modules, base)
     _check_targets(folder, config, pairs, modules or {})
-    _check_values(folder, pairs)
+    _check_values(folder, config, pairs)
     parameters = sum(tensor.parameters for tensor in tensors.values())
     return AdapterInfo(max(config.rank(module) for module in pairs), len(pairs), parameters)
 
@@ -93,12 +93,11 @@ def _some(names: Iterable[str]) -> str:
 
 
 def _check_rank(folder: Path, config: PeftConfig, max_rank: int) -> None:
-    rank = max(config.r, *(config.rank_pattern or {}).values(), 0)
-    if rank > max_rank:
+    if config.largest_rank > max_rank:
         refuse(
             folder,
-            f"its rank {rank} is above the engine's {max_rank}. Raise serving.max_lora_rank in lora_config.yaml "
-            f"(DSPY_LORA_SERVING__MAX_LORA_RANK), or reduce the rank with `dspy-lora merge`.",
+            f"its rank {config.largest_rank} is above the engine's {max_rank}. Raise serving.max_lora_rank in "
+            f"lora_config.yaml (DSPY_LORA_SERVING__MAX_LORA_RANK), or reduce the rank with `dspy-lora merge`.",
         )
 
 
@@ -209,8 +208,10 @@ def _check_targets(folder: Path, config: PeftConfig, pairs: dict[str, _Pair], mo
         )
 
 
-def _check_values(folder: Path, pairs: dict[str, _Pair]) -> None:
-    """Checks that all weights are finite and that the product of some pair is not zero."""
+def _check_values(folder: Path, config: PeftConfig, pairs: dict[str, _Pair]) -> None:
+    """Checks that all weights are finite, and that the product of some pair is not zero and is not scaled to zero."""
+    if not any(config.alpha(module) for module in pairs):
+        refuse(folder, f"lora_alpha in {CONFIG_FILE} is 0: it would change nothing. Give the one it was trained with.")
     acts = False
     for module, pair in pairs.items():
         try:
@@ -222,6 +223,6 @@ def _check_values(folder: Path, pairs: dict[str, _Pair]) -> None:
             refuse(
                 folder, f"{module} holds NaN or infinity: training diverged. Train again with a lower learning rate."
             )
-        acts = acts or (some_a and some_b)
+        acts = acts or (some_a and some_b and config.alpha(module) != 0)
     if not acts:
         refuse(folder, "all its lora_B weights (or lora_A) are zero: it would change nothing. It was not trained.")

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from dspy_lora.errors import PublishError
 
-_LEFT_OVER = 24 * 3600  # seconds after which a hidden folder is one that a killed writer left
+_HIDDEN = ".dspy-lora-staging-"  # how a hidden folder's name begins; no user's folder is called so
+_LEFT_OVER = 24 * 3600  # seconds after which a hidden folder that nobody holds is one that a killed writer left
 
 
 @contextlib.contextmanager
@@ -27,15 +28,20 @@ def writing(what: str, root: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def staging(root: Path) -> Iterator[Path]:
-    """A hidden folder inside ``root`` (on the same disk, so that a move out of it is atomic), removed at the end."""
+    """A hidden folder inside ``root`` (on the same disk, so that a move out of it is atomic), removed at the end.
+
+    It is locked while it is in use. What a killed writer left is removed by a later one.
+    """
     root.mkdir(parents=True, exist_ok=True)
-    for old in root.glob(".staging-*"):
-        with contextlib.suppress(OSError):
+    for old in root.glob(f"{_HIDDEN}*"):
+        with contextlib.suppress(OSError):  # it went away meanwhile, it is another user's, or its writer still works
             if time.time() - old.stat().st_mtime > _LEFT_OVER:
-                shutil.rmtree(old, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=".staging-", dir=root))
+                with _held(old, os.O_RDONLY, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                    shutil.rmtree(old, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=_HIDDEN, dir=root))
     try:
-        yield folder
+        with _held(folder, os.O_RDONLY, fcntl.LOCK_SH):  # on NFS what is open for reading takes no other
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -77,9 +83,20 @@ def _move_in(draft: Path, folder: Path, old: Path, overwrite: bool) -> None:
 @contextlib.contextmanager
 def lock(root: Path) -> Iterator[None]:
     """One writer at a time, over threads and processes; the system frees it when a process dies."""
-    with (root / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with _held(root / ".lock", os.O_WRONLY | os.O_CREAT, fcntl.LOCK_EX):
         yield
+
+
+@contextlib.contextmanager
+def _held(path: Path, flags: int, how: int) -> Iterator[None]:
+    """A lock on a file or folder, which is opened with these flags."""
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        fcntl.flock(descriptor, how)
+        yield
+    finally:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing alone does not free it while a forked child has it open too
+        os.close(descriptor)
 
 
 def write(path: Path, text: str) -> None:

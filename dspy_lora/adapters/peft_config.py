@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import pydantic
 
@@ -32,35 +32,50 @@ _FEATURES = {
 }
 
 
+_Number = TypeVar("_Number", int, float)
+
+
 class PeftConfig(pydantic.BaseModel):
     """The keys of ``adapter_config.json`` that decide whether and how an adapter is served."""
 
     peft_type: str
     r: pydantic.PositiveInt
-    lora_alpha: float
+    lora_alpha: pydantic.FiniteFloat
     target_modules: list[str] | str | None = None
     bias: str = "none"
     init_lora_weights: bool | str | None = True
     use_rslora: bool = False
     fan_in_fan_out: bool = False
     rank_pattern: dict[str, pydantic.PositiveInt] | None = None
-    alpha_pattern: dict[str, float] | None = None
+    alpha_pattern: dict[str, pydantic.FiniteFloat] | None = None
     base_model_name_or_path: str | None = None
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
 
+    @property
+    def largest_rank(self) -> int:
+        """The largest rank that a module may have."""
+        return max(self.r, *(self.rank_pattern or {}).values(), 0)
+
     def rank(self, module: str) -> int:
         """Rank of a module, by PEFT's rule: the first pattern that ends its name at a dot, else ``r``."""
-        for pattern, rank in (self.rank_pattern or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return rank
-        return self.r
+        return _of_module(self.rank_pattern, module, self.r)
+
+    def alpha(self, module: str) -> float:
+        """Alpha of a module, by the same rule."""
+        return _of_module(self.alpha_pattern, module, self.lora_alpha)
 
     def targets(self, module: str) -> bool:
         """Whether PEFT would have put LoRA on a module of that name (full names and suffixes, or one regex)."""
         if isinstance(self.target_modules, str):
             return re.fullmatch(self.target_modules, module) is not None
         return any(names(target, module) for target in self.target_modules or ())
+
+
+def _of_module(patterns: dict[str, _Number] | None, module: str, general: _Number) -> _Number:
+    """The value of the first pattern that ends a module's name at a dot, else the general one."""
+    matches = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", module))
+    return next(matches, general)
 
 
 def refuse(folder: Path, message: str) -> NoReturn:

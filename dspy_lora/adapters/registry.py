@@ -84,12 +84,17 @@ class AdapterRegistry:
             AdapterError: Not a name, or the revision is damaged.
         """
         name, revision = split_ref(ref)
-        # A second look: between reading the pointer and the folder, the current revision may have been removed.
+        # A second look: while the pointer and the folder were read, the current revision may have been removed.
         for _ in range(2):
             wanted = revision or self._current(name)
             folder = self._folder(name, wanted) if wanted else None
-            if folder is not None:
+            if folder is None:
+                continue
+            try:
                 return read_revision(folder)
+            except AdapterError:
+                if folder.is_dir():
+                    raise
         if wanted is None or not self._revisions(name):
             known = self._adapters()
             raise UnknownAdapterError(
@@ -181,6 +186,10 @@ class AdapterRegistry:
             return pointer
         return None
 
+    def _known_current(self, name: str) -> str:
+        """The revision that a name means; UnknownAdapterError where it means none."""
+        return self._current(name) or self.resolve(name).revision  # which says what is wrong
+
     def _is_current(self, revision: Revision) -> bool:
         """Whether its name means this revision; no, where the pointer is damaged: publishing again mends it."""
         try:
@@ -259,10 +268,9 @@ class AdapterRegistry:
             UnknownAdapterError: No such adapter or revision, or none before the current one.
             PublishError: The disk refused. The registry is as it was before.
         """
-        current = self._current(check_name(name))
-        if current is None:
-            return self.resolve(name)  # which says what is wrong
+        self._known_current(check_name(name))
         with writing(f"roll back {name!r}", self.root), staging(self.root) as hidden, lock(self.root):
+            current = self._known_current(name)
             target = self.resolve(f"{name}@{revision}") if revision else self._before(name, current)
             if target is None:
                 raise UnknownAdapterError(f"adapter {name!r} has no revision before {name}@{current}.")
@@ -273,7 +281,8 @@ class AdapterRegistry:
         """Removes a revision, or the adapter with all its revisions.
 
         Where the current revision is removed, the one published before it becomes current, else the newest other
-        one; where none is left, the adapter is gone. The bundled adapters stay: they are not in this folder.
+        one; where none is left, the adapter is gone. The bundled adapters stay: they are not in this folder. Where it
+        has no other revision, the name means what is bundled under it, as if nothing had ever been published.
 
         Args:
             name: The adapter.
@@ -286,17 +295,27 @@ class AdapterRegistry:
         ref = name if revision is None else f"{name}@{revision}"
         split_ref(ref)
         doomed = self.root / name / (revision or "")
-        if not doomed.is_dir():
-            self.resolve(ref)  # which says so where there is no such adapter at all
-            raise UnknownAdapterError(f"adapter {ref!r} is not in {self.root}: the bundled adapters cannot be removed.")
+        self._check_removable(ref, doomed)
         with writing(f"remove {ref!r}", self.root), staging(self.root) as hidden, lock(self.root):
-            if revision is not None and self._current(name) == revision:
+            self._check_removable(ref, doomed)  # another process may have removed it meanwhile
+            if self._own_revisions(name) == {revision}:
+                doomed = self.root / name
+            elif revision is not None and self._current(name) == revision:
                 others = [other for other in self._readable(name) if other.revision != revision]
                 if others:
                     self._point(name, (self._before(name, revision) or others[-1]).revision, hidden)
                 else:
                     doomed = self.root / name
             doomed.rename(hidden / "removed")
+
+    def _check_removable(self, ref: str, folder: Path) -> None:
+        if not folder.is_dir():
+            self.resolve(ref)  # which says so where there is no such adapter at all
+            raise UnknownAdapterError(f"adapter {ref!r} is not in {self.root}: the bundled adapters cannot be removed.")
+
+    def _own_revisions(self, name: str) -> set[str]:
+        """An adapter's revisions in the writable folder."""
+        return {path.name for path in (self.root / name).glob("*") if REVISION.fullmatch(path.name)}
 
     def _before(self, name: str, revision: str) -> Revision | None:
         """The revision published before another one; the newest where that one is damaged and its time not known."""

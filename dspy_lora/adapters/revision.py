@@ -79,6 +79,10 @@ class Revision:
         return json.dumps(record, indent=2) + "\n"
 
 
+# What is read of a record: a later version may have written more.
+_RECORDED = {field.name for field in dataclasses.fields(Revision)} - {"path"}
+
+
 def check_name(name: str) -> str:
     """Returns a name that can be a folder's.
 
@@ -125,7 +129,8 @@ def read_revision(folder: Path) -> Revision:
         raise UnknownAdapterError(f"there is no adapter revision {folder}.")
     mend = "Remove it with `dspy-lora adapters remove` and publish the adapter again."
     try:
-        revision = Revision(path=folder, **read_json(folder / RECORD_FILE))
+        record = read_json(folder / RECORD_FILE)
+        revision = Revision(**{key: record[key] for key in record if key in _RECORDED}, path=folder)
         sizes = {name: (folder / name).stat().st_size for name in revision.sizes}
     except (AdapterError, OSError, TypeError, AttributeError) as exc:
         raise AdapterError(f"adapter revision {folder} is damaged: {exc} {mend}") from exc
