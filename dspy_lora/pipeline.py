@@ -1,7 +1,6 @@
 """DomainPipeline: query -> domain -> adapter -> compiled prompts -> context -> answer, in one ``dspy.Module``."""
 
 import copy
-import inspect
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,7 +18,7 @@ from dspy_lora.errors import ConfigError, DataError, near
 from dspy_lora.evaluation.ablation import Ablation, Spent
 from dspy_lora.evaluation.responses import Responses
 from dspy_lora.lm import LoRALM
-from dspy_lora.router import ROUTE, LoRARouter, Route, but_for_own_lms, marked, with_own_lms
+from dspy_lora.router import ROUTE, LoRARouter, Route, but_for_own_lms, marked, parameters, with_own_lms
 
 logger = logging.getLogger(__name__)
 
@@ -377,10 +376,10 @@ class _Run:
 
 def _has_input(program: dspy.Module, field: str) -> bool:
     """Whether a program takes an input: by its ``forward``, or where that takes anything by its first predictor."""
-    parameters = inspect.signature(type(program).forward).parameters
-    if field in parameters:
+    taken = parameters(program)
+    if field in taken:
         return True
-    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in taken.values())
     predictors = [each for _, each in program.named_sub_modules(dspy.Predict)]
     return takes_any and bool(predictors) and field in predictors[0].signature.input_fields
 

@@ -376,9 +376,21 @@ def _by_name(adapters: Mapping[str, Any] | Iterable[str]) -> dict[str, Any]:
     return found
 
 
+def parameters(program: dspy.Module) -> Mapping[str, inspect.Parameter]:
+    """What a program takes, itself included: by its ``forward``, else by its ``aforward``.
+
+    Raises:
+        ConfigError: It has neither.
+    """
+    kind = type(program)
+    if (forward := getattr(kind, "forward", None) or getattr(kind, "aforward", None)) is None:
+        raise ConfigError(f"{kind.__qualname__} has neither forward nor aforward: it answers nothing.")
+    return inspect.signature(forward).parameters
+
+
 def _only_input(program: dspy.Module) -> str | None:
     """The program's input ``query``, else its only one beside the history; None where that is not clear."""
-    _, *keywords = inspect.signature(type(program).forward).parameters.values()
+    _, *keywords = parameters(program).values()
     named = {
         each.name: each.annotation for each in keywords if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)
     }

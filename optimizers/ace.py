@@ -20,7 +20,7 @@ from dspy_lora.optimizers.ace_online import Online
 from dspy_lora.optimizers.ace_roles import Record, RuleReflector
 from dspy_lora.optimizers.rollouts import Pair, Rollout, Rollouts
 from dspy_lora.optimizers.run_log import RunLog, digest
-from dspy_lora.optimizers.run_settings import configured_settings, lm_settings, named, program_settings
+from dspy_lora.optimizers.run_settings import configured_settings, lm_settings, program_settings, written
 
 from dspy_lora.context.bullets import Embed
 from dspy_lora.context.deltas import Delta
@@ -104,7 +104,7 @@ class ACE(Teleprompter):
             if value < 1:
                 raise ConfigError(f"{name}={value!r} must be 1 or more")
         self.metric = None if metric is None else _of_five(metric)
-        self.metric_name = named(metric)
+        self.metric_name = None if metric is None else written(metric)
         self.reflection_lm, self.rounds, self.reflector, self.curator = reflection_lm, rounds, reflector, curator
         self.epochs, self.batch_size, self.seed = epochs, batch_size, seed
         self.token_budget, self.count_tokens = token_budget, count_tokens

@@ -10,7 +10,7 @@ import dspy
 import pytest
 from dspy.utils import DummyLM
 
-from dspy_lora import cli, route_command
+from dspy_lora import cli, pipeline, route_command, router
 from dspy_lora.detection.classifier import DomainClassifier
 from dspy_lora.errors import ConfigError, DataError, UnknownAdapterError
 from dspy_lora.lm import LoRALM
@@ -530,6 +530,24 @@ def test_route_trains_saves_and_measures(route, own_domains):
     assert accuracy in again
 
 
+class Later(dspy.Module):
+    """Answers async calls alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.ask = dspy.Predict("clause -> kind")
+
+    async def aforward(self, clause):
+        return await self.ask.acall(clause=clause)
+
+
+def test_the_input_of_a_program_that_is_async_alone():
+    assert router._only_input(Later()) == "clause"
+    assert pipeline._has_input(Later(), "clause")
+    with pytest.raises(ConfigError, match="neither forward nor aforward"):
+        router.parameters(dspy.Module())
+
+
 def test_route_needs_something_to_do(route):
     with pytest.raises(ConfigError, match="give a query"):
         route()
@@ -543,6 +561,9 @@ def test_route_needs_something_to_do(route):
         (["--evaluate", "--answers", "-1"], "--answers -1: rows"),
         (["--evaluate", "--growth", "20", "1"], "--growth 1: a classifier"),
         (["--evaluate", "--domain", "garden"], "--domain garden says what to train on: give --train"),
+        (["How do I prune it?", "--answers", "5"], "--answers says what to measure: give --evaluate"),
+        (["How do I prune it?", "--growth", "20"], "--growth says what to measure: give --evaluate"),
+        (["--train", "mine", "--classifier", "mine"], "give one of them"),
         (["--train", "mine", "--domain", "garden", "kitchn"], "Did you mean 'kitchen'"),
     ],
 )
