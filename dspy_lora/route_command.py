@@ -126,8 +126,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--domain {' '.join(args.domain)} says what to train on: give --train FOLDER too")
     if args.train and args.classifier:
         raise ConfigError("--train makes a classifier, and --classifier names another one: give one of them")
-    if unused := [name for name in ("answers", "growth") if getattr(args, name) and not args.evaluate]:
-        raise ConfigError(f"--{unused[0]} says what to measure: give --evaluate too")
+    if not args.evaluate and (args.answers is not None or args.growth):
+        raise ConfigError("--answers and --growth say what to measure: give --evaluate too")
     if args.answers is not None and args.answers < 1:
         raise ConfigError(f"--answers {args.answers}: rows to ask of a domain are 1 or more")
     if few := [count for count in args.growth or () if count < _FEWEST]:

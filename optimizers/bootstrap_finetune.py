@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import dspy
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 class BootstrapFinetune(dspy.BootstrapFinetune):
-    """DSPy's optimizer of the same name, with four differences in what it trains on (read at DSPy 3.4.1).
+    """DSPy's optimizer of the same name, with five differences in what it trains on (read at DSPy 3.4.1).
 
     - ``multitask=False`` gives each predictor the calls that it made itself. DSPy goes by the place of a call among
       the program's calls: predictors that are called in another order than they were defined in get each other's data,
@@ -23,9 +23,12 @@ class BootstrapFinetune(dspy.BootstrapFinetune):
     - An example on which the program raises is left out too, with a line in the log. In DSPy it ends the run. Errors
       of the LM itself (no engine, no server) still do.
     - Where there is a metric, an example counts if it scores above 0. DSPy takes every score but 0.
+    - An example on which the metric raises, with a line in the log, or returns None scores 0. In DSPy it ends the run.
 
     Arguments are those of ``dspy.BootstrapFinetune``.
     """
+
+    metric: Callable[..., Any] | None
 
     def compile(
         self,
@@ -49,9 +52,12 @@ class BootstrapFinetune(dspy.BootstrapFinetune):
         """
         programs = [each or student for each in (teacher if isinstance(teacher, list) else [teacher])]
         self._places = {id(one): place for each in programs for place, one in enumerate(each.predictors())}
+        metric = self.metric
         with contextlib.ExitStack() as stack:
             for program in {id(each): each for each in programs}.values():
                 stack.enter_context(_forgiving(program))
+            stack.callback(setattr, self, "metric", metric)
+            self.metric = metric and _judged(metric)
             return super().compile(student, trainset, teacher)
 
     def _prepare_finetune_data(
@@ -67,6 +73,22 @@ class BootstrapFinetune(dspy.BootstrapFinetune):
     def _calls(self, trace: list[Any], place: int) -> list[Any]:
         """The calls of one predictor."""
         return [call for call in trace if self._places.get(id(call[0])) == place]
+
+
+def _judged(metric: Callable[..., Any]) -> Callable[..., Any]:
+    """The metric, with a score of 0 where it raises or returns None."""
+
+    def judge(example: dspy.Example, prediction: Any, trace: Any = None) -> Any:
+        try:
+            score = metric(example, prediction, trace)
+        except Exception as exc:
+            if is_outage(exc):
+                raise
+            logger.warning("an example scores 0: the metric raised %s: %s", type(exc).__name__, str(exc).strip()[:200])
+            return 0
+        return 0 if score is None else score
+
+    return judge
 
 
 @contextlib.contextmanager

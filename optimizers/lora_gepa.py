@@ -140,9 +140,9 @@ class LoRAGEPA(dspy.GEPA, Teleprompter):  # Teleprompter again: MLflow's autolog
 
     def _check_gepa(self) -> None:
         """What ``gepa.optimize`` would refuse only after the race has spent its calls."""
-        for name in ("track_best_outputs", "code_proposer"):
-            if getattr(self, {"code_proposer": "custom_code_proposer"}.get(name, name)):
-                raise ConfigError(f"LoRAGEPA takes no {name}")
+        refused = {"track_best_outputs": self.track_best_outputs, "code_proposer": self.custom_code_proposer}
+        if given := [name for name, value in refused.items() if value]:
+            raise ConfigError(f"LoRAGEPA takes no {given[0]}")
         allowed = sorted(inspect.signature(optimize).parameters.keys() - _OURS)
         if wrong := sorted(self.gepa_kwargs.keys() - set(allowed)):
             raise ConfigError(f"gepa_kwargs={wrong!r}: not taken. {near(wrong[0], allowed)}")
