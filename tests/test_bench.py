@@ -251,7 +251,7 @@ def test_memory_is_read_after_prompts_that_begin_with_different_words(measured, 
     asked, seen, bench = [], [], _bench(None)
     monkeypatch.setattr(type(bench.first), "__call__", lambda self, prompt, **settings: asked.append(prompt))
     monkeypatch.setattr(type(bench.first), "engine_stats", lambda self: {"pid": 1})
-    monkeypatch.setattr(measure.memory, "group_megabytes", lambda pid: seen.append(len(set(asked))) or 1.0)
+    monkeypatch.setattr(measure.memory, "group_megabytes", lambda pid, kinds=None: seen.append(len(set(asked))) or 1.0)
     monkeypatch.setattr(measure, "_WARM_UP_CALLS", 100)
     measured(bench)
     assert seen[0] >= 100 and len({" ".join(prompt.split()[:20]) for prompt in asked[:100]}) == 100
@@ -263,7 +263,7 @@ def test_an_engine_s_memory_has_its_bar_for_the_seedling(model, most, monkeypatc
     bench.model = model
     monkeypatch.setattr(type(bench.first), "engine_stats", lambda self: {"pid": 1})
     monkeypatch.setattr(bench, "run", lambda asked, call: 1.0)
-    monkeypatch.setattr(measure.memory, "group_megabytes", lambda pid: 100.0)
+    monkeypatch.setattr(measure.memory, "group_megabytes", lambda pid, kinds=None: 100.0)
     assert [figure.most for figure in measure.engine_memory(bench)] == [most]
 
 
@@ -351,6 +351,7 @@ def test_memory_of_a_process_and_its_group_is_counted():
     own = memory.megabytes()
     assert 10 < own < 20_000
     assert memory.group_megabytes(os.getpid()) >= own * 0.9
+    assert 0 < memory.megabytes(kinds=memory.WRITTEN) < own  # without the pages of libraries
 
 
 def test_settings_of_dspy_are_put_back():

@@ -128,7 +128,7 @@ def endings(bench: Bench) -> list[Figure]:
 
 
 def soak(bench: Bench, calls: int = _SOAK_CALLS) -> list[Figure]:
-    """Growth of the engine over many calls, after prompts and a tenth of them have filled the allocators."""
+    """Growth of what the engine's processes write over many calls, after a tenth of them have filled the allocators."""
     _warm_up(bench)
     pid = bench.first.engine_stats()["pid"]
     lms = [lm.copy(max_tokens=1) for lm in bench.lms.values()]
@@ -136,15 +136,15 @@ def soak(bench: Bench, calls: int = _SOAK_CALLS) -> list[Figure]:
     def ask(first: int, last: int) -> float:
         calls = [functools.partial(lms[index % len(lms)], f"Question {index}.") for index in range(first, last)]
         in_threads(calls, bench.threads)
-        return memory.group_megabytes(pid)
+        return memory.group_megabytes(pid, memory.WRITTEN)
 
     with dspy_settings(disable_history=True):
-        before, own = ask(0, calls // 10), memory.megabytes()
+        before, own = ask(0, calls // 10), memory.megabytes(kinds=memory.WRITTEN)
         half, after = ask(calls // 10, calls // 2), ask(calls // 2, calls)
     return [
         Figure(f"engine's growth over {calls} calls", "MB", (after - before,), most=50),
         Figure("in the second half of them", "MB", (after - half,)),
-        Figure(f"caller's growth over {calls} calls", "MB", (memory.megabytes() - own,), most=50),
+        Figure(f"caller's growth over {calls} calls", "MB", (memory.megabytes(kinds=memory.WRITTEN) - own,), most=50),
     ]
 
 

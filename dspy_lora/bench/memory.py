@@ -1,29 +1,34 @@
-"""Memory of processes: their proportional set size (PSS), in which what processes share is counted once."""
+"""Memory of processes: their proportional set size (PSS), in which what processes share is counted once.
+
+What they write alone tells growth: a library's pages are shared with whoever else runs, and count for more when that
+one ends.
+"""
 
 import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Container
 from pathlib import Path
 
 _PROC = Path("/proc")
+ALL = frozenset({"Pss"})
+WRITTEN = frozenset({"Pss_Anon", "Pss_Shmem"})  # heaps and shared memory, no file
 
 
-def megabytes(pid: int | str = "self") -> float:
-    """PSS of one process in MB, with the shared-memory segments it holds."""
-    for line in (_PROC / str(pid) / "smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) * 1024 / 1e6
-    return 0.0
+def megabytes(pid: int | str = "self", kinds: Container[str] = ALL) -> float:
+    """PSS of one process in MB, with the shared-memory segments it holds; or the kinds of it that are named."""
+    lines = (_PROC / str(pid) / "smaps_rollup").read_text().splitlines()[1:]
+    return sum(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.split(":")[0] in kinds)
 
 
-def group_megabytes(pid: int) -> float:
-    """PSS of all processes in the process group of ``pid``, in MB."""
+def group_megabytes(pid: int, kinds: Container[str] = ALL) -> float:
+    """PSS of all processes in the process group of ``pid``, in MB; or the kinds of it that are named."""
     group, total = os.getpgid(pid), 0.0
     for entry in _PROC.glob("[0-9]*"):
         with contextlib.suppress(OSError):  # ended meanwhile
             if os.getpgid(int(entry.name)) == group:
-                total += megabytes(entry.name)
+                total += megabytes(entry.name, kinds)
     return total
 
 
