@@ -10,7 +10,7 @@ from pathlib import Path
 
 import dspy
 
-from dspy_lora.config import load_config
+from dspy_lora.config import PACKAGED, load_config
 from dspy_lora.lm import LoRALM
 from dspy_lora.saved import load
 
@@ -67,7 +67,7 @@ class Desk(dspy.Module):
 
     def __init__(self, lm: LoRALM) -> None:
         super().__init__()
-        config = load_config()
+        config = load_config(PACKAGED)  # the bundled adapters' own tasks, whatever the user's say
         self.domains: dict[str, dspy.Predict] = {}
         for name in QUESTIONS:
             self.domains[name] = dspy.Predict(config.domain(name).signature())

@@ -101,6 +101,12 @@ def test_advantages_of_a_group_add_up_to_nothing_and_keep_its_order(groups):
             assert [x for _, x in sorted(zip(rewards, gains, strict=True))] == sorted(gains)
 
 
+@given(st.floats(-2, 2), st.integers(1, 9))
+def test_equal_rewards_give_no_advantage(reward, answers):
+    for scale in ("group", "batch", "none"):
+        assert advantages([[reward] * answers, [0.0, 1.0]], scale)[0] == [0.0] * answers
+
+
 def test_advantages_are_divided_by_what_was_asked_for():
     groups = [[1.0, 0.0, 0.0], [3.0, 1.0]]
     assert advantages(groups, "none")[1] == [1.0, -1.0]
@@ -305,10 +311,18 @@ def test_a_loss_that_is_no_number_changes_nothing(make):
     trainer = make()
     trainer.step(GROUPS)
     before = [weight.detach().clone() for weight in trainer.weights]
-    bad = [[answer | {"reward": math.inf if answer["reward"] == 1 else 0.0} for answer in GROUPS[0]]]
+    trainer.temperature = 1e-50
     with pytest.raises(DivergedError, match="learning_rate"):
-        trainer.step(bad)
+        trainer.step(GROUPS)
     assert all(torch.equal(one, other) for one, other in zip(before, trainer.weights, strict=True))
+
+
+@pytest.mark.parametrize("reward", [math.nan, math.inf, None])
+def test_a_reward_that_is_no_finite_number_is_refused(make, reward):
+    trainer = make()
+    with pytest.raises(DataError, match=f"a reward is {reward!r}. The metric must return a finite number"):
+        trainer.step([group("one?", {"good": 1.0, "bad": reward})])
+    assert trainer.step(GROUPS)["steps"] == 1
 
 
 def test_answers_that_do_not_fit_are_left_out(make):

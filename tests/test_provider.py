@@ -501,6 +501,19 @@ def test_a_metric_below_zero_does_not_count(lm, engine, pretend):
     assert learnt(pretend[0]) == {"alpha", "ALPHA"}
 
 
+def test_an_example_that_the_metric_cannot_judge_is_left_out(lm, engine, pretend, caplog):
+    def metric(example, prediction, trace=None):
+        if prediction.shouted == "BETA":
+            raise AttributeError("no label")
+        return None if prediction.shouted == "GAMMA" else 1
+
+    optimizer = BootstrapFinetune(metric=metric)
+    optimizer.compile(program(lm), examples(4))
+    assert learnt(pretend[0]) == {"alpha", "ALPHA", "delta", "DELTA"}
+    assert optimizer.metric is metric
+    assert "an example scores 0: the metric raised AttributeError: no label" in caplog.text
+
+
 def test_a_teacher_of_the_same_structure_gives_the_data(lm, engine, pretend):
     teacher = program(lm)
     BootstrapFinetune(metric=exact, multitask=False).compile(program(lm), examples(), teacher=[teacher, None])

@@ -249,12 +249,32 @@ def test_engine_and_trainer_take_turns_on_one_gpu(lm, trainers, monkeypatch, sha
         ({"domain": "auto"}, {}, "Name a domain"),
         ({}, {"learning_rat": 1}, "'learning_rate'"),
         ({}, {"beta": -1}, "beta = -1"),
+        ({}, {"r": 32}, "ranks up to 16"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_anything_starts(lm, trainers, changes, settings, message):
     with pytest.raises(ConfigError, match=message):
         start(lm.copy(**changes), **settings)
     assert trainers == [] and dspy.settings.adapter is None
+
+
+def test_the_base_is_loaded_as_the_configuration_says(lm, monkeypatch):
+    monkeypatch.setenv("DSPY_LORA_QLORA__BNB_4BIT_QUANT_TYPE", "fp4")
+    monkeypatch.setenv("DSPY_LORA_QLORA__BNB_4BIT_COMPUTE_DTYPE", "float32")
+    monkeypatch.setenv("DSPY_LORA_TRAINING__BF16", "false")
+    loading = reinforce._settings(lm, {"qlora": True}).loading(Path("run"))
+    assert (loading.qlora, loading.bnb_4bit_quant_type, loading.bnb_4bit_compute_dtype) == (True, "fp4", "float32")
+    assert loading.dtype == "float32"
+    assert reinforce._settings(lm, {"dtype": "auto"}).loading(Path("run")).dtype == "auto"
+
+
+@pytest.mark.parametrize("own", [{"temperature": 0.3}, {"max_tokens": 16}])
+def test_a_predictor_with_a_temperature_or_length_of_its_own_is_refused(lm, trainers, own):
+    program = dspy.Predict(dspy.Signature("text -> label", "Say which animal it is."), **own)
+    program.set_lm(lm)
+    with pytest.raises(ConfigError, match=r"GRPO takes the answers for sampled at the LM's own .*'temperature': 1.0"):
+        optimizer(steps=1).compile(program, trainset=TRAIN)
+    assert not [what for what, _ in trainers[0].asked if what == "step"]
 
 
 def test_a_shape_is_refused_where_the_adapter_has_one(trainers, lm, asked):

@@ -1,21 +1,25 @@
 """``dspy-lora train``: one domain, several or all, or one setting's values, one after another or side by side."""
 
 import argparse
+import gc
 import multiprocessing
 import os
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pydantic
 
-from dspy_lora.config import Config, DomainConfig, load_config
+from dspy_lora.adapters.base import fetch_base
+from dspy_lora.config import LARGEST_RANK, Config, DomainConfig, load_config
 from dspy_lora.errors import ConfigError, DataError, DivergedError
 from dspy_lora.training.full import RATE_SHARE
 from dspy_lora.training.publishing import best_run, publish_run, summary
 from dspy_lora.training.run import read_card
-from dspy_lora.training.settings import TrainConfig, over_configured
-from dspy_lora.training.sft import train
+from dspy_lora.training.settings import TrainConfig, of_the_base, over_configured, problems
+from dspy_lora.training.sft import load_rows, train
+from dspy_lora.training.shape import check_targets
 from dspy_lora.training.sweep import Sweep
 
 ALL = "all"
@@ -87,19 +91,27 @@ def run(args: argparse.Namespace) -> int:
         TrainingError: A run that could not be finished; those finished before it are kept.
     """
     config = load_config(args.config)
-    domains = list(config.domains) if ALL in args.domain else args.domain
+    domains = list(config.domains if ALL in args.domain else dict.fromkeys(args.domain))
     values = Sweep.parse(args.sweep).values if args.sweep else (None,)
     tasks = [(name, value) for name in domains for value in values]
-    for name, value in tasks:  # every mistake shows before the first run starts
-        plan(args, config, name, value)
     if args.data is not None and len(domains) > 1:
         raise ConfigError(f"--data holds rows of one domain, and {len(domains)} were asked for. Use --data-root.")
+    _check(args, [plan(args, config, *task) for task in tasks])
     trained = _side_by_side(args, tasks) if args.jobs > 1 else [_train_one(args, *task) for task in tasks]
     folders = [folder for folder in trained if folder is not None]
     print(summary([read_card(folder) for folder in folders]))
     for name in domains if args.sweep else ():
         _choose(args, name, [folder for folder in folders if folder.parent.name == name])
     return 0
+
+
+def _check(args: argparse.Namespace, plans: list[TrainConfig]) -> None:
+    """Shows every mistake in rows and target modules before the first run starts."""
+    for one in plans:
+        load_rows(one)
+    base = fetch_base(plans[0].base)
+    for one in plans:
+        check_targets(one, base, publish=args.publish is not None)
 
 
 def _choose(args: argparse.Namespace, name: str, folders: list[Path]) -> None:
@@ -152,28 +164,25 @@ def plan(args: argparse.Namespace, config: Config, name: str, value: str | None 
             **settings,
         )
     except pydantic.ValidationError as exc:
-        problems = (_problem(e) for e in exc.errors())
-        raise ConfigError(f"domain {name!r}: {'; '.join(problems)}") from exc
+        raise ConfigError(f"domain {name!r}: {problems(exc)}") from exc
+    most = config.serving.max_lora_rank or LARGEST_RANK
+    if args.publish is not None and whole.r > most:
+        raise ConfigError(
+            f"domain {name!r}: r = {whole.r} is above {most}, the largest rank that is published. Give a smaller one, "
+            f"or raise serving.max_lora_rank in lora_config.yaml (vLLM takes up to {LARGEST_RANK})."
+        )
     return whole if value is None else whole.model_copy(update={"registry": None})
-
-
-def _problem(error: Any) -> str:
-    """One problem that pydantic found; one of several settings together has no place and no value of its own."""
-    if not error["loc"]:
-        return str(error["msg"]).removeprefix("Value error, ")
-    return f"{'.'.join(map(str, error['loc']))} = {error['input']!r}: {error['msg']}"
 
 
 def configured(config: Config, domain: DomainConfig) -> dict[str, Any]:
     """The settings of ``lora_config.yaml`` by their names in TrainConfig."""
     lora = config.lora.model_dump(include={"lora_dropout", "target_modules", "use_rslora", "use_dora"})
-    qlora = config.qlora.model_dump(exclude={"enabled"}) | {"qlora": config.qlora.enabled}
     names = {"optim", "lr_scheduler_type", "warmup_ratio", "gradient_checkpointing", "max_length", "seed"}
     names |= {"neftune_noise_alpha", "prompt_loss_weight", "noisy_copies", "patience"}
     training = config.training
     return (
         lora
-        | qlora
+        | of_the_base(config)
         | training.model_dump(include=names)
         | {
             "r": domain.r,
@@ -183,7 +192,6 @@ def configured(config: Config, domain: DomainConfig) -> dict[str, Any]:
             "max_steps": domain.max_steps,
             "micro_batch_size": training.per_device_train_batch_size,
             "batch_size": training.per_device_train_batch_size * training.gradient_accumulation_steps,
-            "dtype": "auto" if training.bf16 else "float32",
         }
     )
 
@@ -219,3 +227,14 @@ def _train_one(args: argparse.Namespace, name: str, value: str | None) -> Path |
             raise
         print(f"left out: {exc}", flush=True)
         return None
+    finally:
+        _forget()
+
+
+def _forget() -> None:
+    """Frees the model of a run, which its trainer holds in a circle, before that of the next is loaded."""
+    gc.collect()
+    if "torch" in sys.modules:
+        import torch
+
+        torch.cuda.empty_cache()

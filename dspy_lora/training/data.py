@@ -130,7 +130,8 @@ def sha256(source: Path | Sequence[Row]) -> str:
     if isinstance(source, Path):
         return hashlib.sha256(source.read_bytes()).hexdigest()
     lines = (json.dumps(row, sort_keys=True, ensure_ascii=False, default=str) + "\n" for row in source)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    text = "".join(lines)
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()  # rendering refuses such rows, by number
 
 
 def render(
@@ -171,20 +172,28 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[list[Mess
     """Token ids of prompts as an engine sends them: the chat template with its generation prompt.
 
     Raises:
-        DataError: The tokenizer has no chat template.
+        DataError: The tokenizer has no chat template, or one that refuses the messages.
     """
+    from jinja2 import TemplateError
+
     if tokenizer.chat_template is None:
         raise DataError(
             "the base model's tokenizer has no chat template, so DSPy's messages cannot be rendered. "
             "Use an instruction-tuned base model, or set `chat_template` in its tokenizer_config.json."
         )
-    texts = tokenizer.apply_chat_template(list(prompts), tokenize=False, add_generation_prompt=True)
+    try:
+        texts = tokenizer.apply_chat_template(list(prompts), tokenize=False, add_generation_prompt=True)
+    except TemplateError as exc:
+        raise DataError(
+            f"the base model's chat template refuses DSPy's messages, a system message and turns: {exc}. "
+            "Use a base model, or a `chat_template`, that takes them."
+        ) from exc
     ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
     return ids
 
 
 def tokenize(
-    tokenizer: "PreTrainedTokenizerBase", examples: Sequence[ChatExample], max_length: int
+    tokenizer: "PreTrainedTokenizerBase", examples: Sequence[ChatExample], max_length: int, what: str = "row"
 ) -> tuple[list[Tokens], int]:
     """Tokenises each example as prompt, completion and the end-of-sequence token.
 
@@ -197,12 +206,13 @@ def tokenize(
         examples: What ``render`` returns.
         max_length: Longest example in tokens. A longer one is left out: cut at the front it would lose the
             instruction, at the end the answer.
+        what: What an error calls an example.
 
     Returns:
         The tokenised examples, and how many were left out.
 
     Raises:
-        DataError: No chat template, or no example fits.
+        DataError: No chat template, one that refuses the messages, or no example fits.
     """
     prompts = prompt_ids(tokenizer, [example["prompt"] for example in examples])
     answers = [example["completion"][0]["content"] for example in examples]
@@ -215,7 +225,9 @@ def tokenize(
             rows.append(Tokens(input_ids=ids, labels=labels, length=len(ids)))
     if not rows:
         shortest = min(len(p) + len(c) + 1 for p, c in zip(prompts, completions, strict=True))
-        raise DataError(f"no row fits max_length={max_length}: the shortest takes {shortest} tokens. Raise max_length.")
+        raise DataError(
+            f"no {what} fits max_length={max_length}: the shortest takes {shortest} tokens. Raise max_length."
+        )
     return rows, len(examples) - len(rows)
 
 

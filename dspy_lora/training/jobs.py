@@ -53,7 +53,8 @@ class LoRATrainingJob(TrainingJob):
 
         Returns:
             ``status`` (a ``TrainingStatus``: pending, running, succeeded, failed or cancelled) and, once its turn has
-            come, ``folder``, ``max_steps`` and the newest figures: ``step``, ``seconds``, ``loss``, ``eval_loss``,
+            come, ``folder``, ``max_steps`` (of a job given ``epochs`` once it has logged a step, None before) and the
+            newest figures: ``step``, ``seconds``, ``loss``, ``eval_loss``,
             ``eval_exact_match``.
         """
         report: dict[str, Any] = {"status": self._stage()}

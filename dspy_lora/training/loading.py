@@ -6,6 +6,8 @@ from dspy_lora.adapters.base import Base
 from dspy_lora.errors import MissingDependencyError
 from dspy_lora.training.settings import TrainConfig
 
+_BITSANDBYTES = ("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")  # optimizers that it brings
+
 
 def require_packages(config: TrainConfig) -> None:
     """Checks that what the run needs is installed.
@@ -17,7 +19,7 @@ def require_packages(config: TrainConfig) -> None:
         import peft  # noqa: F401
         import trl  # noqa: F401
 
-        if config.qlora:
+        if config.qlora or config.optim in _BITSANDBYTES:
             import bitsandbytes  # noqa: F401
     except ImportError as exc:
         raise MissingDependencyError(
@@ -53,7 +55,7 @@ def load_base(config: TrainConfig, base: Base) -> tuple[Any, Any]:
 def _gpu_has_bfloat16() -> bool:
     import torch
 
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _four_bit(config: TrainConfig) -> Any:

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with the prompt's tokens in the loss too.
+"""A trainer with the prompt's tokens in the loss too.
 
 Imported only where a trainer is made, since its class needs trl at import.
 """
@@ -6,10 +6,11 @@ Imported only where a trainer is made, since its class needs trl at import.
 from typing import Any
 
 import torch
-from trl import SFTTrainer
+
+from dspy_lora.training.validation_loss import TokenMeanTrainer
 
 
-class PromptLossTrainer(SFTTrainer):
+class PromptLossTrainer(TokenMeanTrainer):
     """Learns the prompt beside the completion, as a language model.
 
     Args:

@@ -14,19 +14,19 @@ from dspy.clients.provider import Provider
 from dspy.clients.utils_finetune import TrainDataFormat, get_finetune_directory
 
 from dspy_lora.adapters.base import Base, fetch_base
-from dspy_lora.adapters.peft_config import CONFIG_FILE, PeftConfig, read_json
 from dspy_lora.adapters.registry import AdapterRegistry, Revision
 from dspy_lora.adapters.revision import check_new_name
 from dspy_lora.config import Config, DomainSection, load_config
 from dspy_lora.engine.client import free_gpu
 from dspy_lora.engine.settings import EngineSettings
-from dspy_lora.errors import AdapterError, ConfigError, DataError, near
+from dspy_lora.errors import ConfigError, DataError, near
 from dspy_lora.training import data
 from dspy_lora.training.chats import ChatConfig, chat_rows
 from dspy_lora.training.data import Row
 from dspy_lora.training.jobs import LoRATrainingJob
 from dspy_lora.training.publishing import publish_run
-from dspy_lora.training.settings import over_configured
+from dspy_lora.training.settings import over_configured, problems
+from dspy_lora.training.shape import check_rank, differing, shape_of
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +40,6 @@ _NO_SETTINGS = frozenset(
     "signature train dev name base adapter demos registry parent full_finetune noisy_copies output_dir".split()
 )
 _SETTINGS = ChatConfig.model_fields.keys() - _NO_SETTINGS
-_SHAPE = ("r", "lora_alpha", "use_rslora", "target_modules")
-_ENGINE_RANK = 16  # what an engine takes unless it is told (engine/arguments.py)
 _LONGEST_STEM = 55  # a name has at most 64 characters, and the data's hash takes nine
 _HASHED = re.compile(r"-[0-9a-f]{8}$")
 
@@ -121,7 +119,7 @@ class LoRAProvider(Provider):
             "data": data.sha256(rows),
         }
         config = self._config(dict(train_kwargs or {}), parent, lineage["data"])
-        self._check_rank(config.r)
+        check_rank(config.r, self._engine)
         lineage["started_from_parent"] = config.parent is not None
         _write_rows(rows, config.output_dir / ROWS_FILE)
         logger.info("%s: training on %d chats of %d predictors", config.name, len(rows), len(lineage["program"]))
@@ -166,17 +164,7 @@ class LoRAProvider(Provider):
                 **settings,
             )
         except pydantic.ValidationError as exc:
-            problems = (f"{'.'.join(map(str, each['loc'])) or 'settings'}: {each['msg']}" for each in exc.errors())
-            raise ConfigError(f"train_kwargs: {'; '.join(problems)}") from exc
-
-    def _check_rank(self, rank: int) -> None:
-        """Refuses, before anything is trained, an adapter that the LM's own engine would not load."""
-        most = self._engine.engine_args.get("max_lora_rank", _ENGINE_RANK) if self._engine else rank
-        if rank > most:
-            raise ConfigError(
-                f"train_kwargs['r'] = {rank}, but the engine of this LM takes ranks up to {most}. Train a smaller one, "
-                "or give LoRALM(engine={'max_lora_rank': ...}) or serving.max_lora_rank in lora_config.yaml."
-            )
+            raise ConfigError(f"train_kwargs: {problems(exc)}") from exc
 
 
 def _reinforce_job(lm: Any, train_kwargs: dict[str, Any] | None = None) -> Any:
@@ -209,30 +197,13 @@ def _settings(given: dict[str, Any], parent: Revision | None) -> dict[str, Any]:
             raise ConfigError(f"train_kwargs[{key!r}] is no setting. {near(key, known)}")
     if parent is None:
         return given
-    shape = _shape(parent)
-    for key in shape.keys() & given.keys():
-        if (sorted(given[key]) if key == "target_modules" else given[key]) != shape[key]:
-            raise ConfigError(
-                f"train_kwargs[{key!r}] = {given[key]!r}, but the adapter that training goes on from, {parent.ref!r}, "
-                f"has {shape[key]!r}. Leave it out, or set from_parent=False."
-            )
-    return given | shape
-
-
-def _shape(parent: Revision) -> dict[str, Any]:
-    """The shape of an adapter whose weights a run starts from, as settings.
-
-    Raises:
-        AdapterError: No settings of a run give this shape.
-    """
-    peft = PeftConfig.model_validate(read_json(parent.path / CONFIG_FILE))
-    if peft.rank_pattern or peft.alpha_pattern or not isinstance(peft.target_modules, list):
-        raise AdapterError(
-            f"adapter {parent.ref!r} has ranks or targets by pattern, which training cannot go on from. "
-            "Set train_kwargs['from_parent'] = False to start from a fresh LoRA over the base model."
+    shape = shape_of(parent.path, parent.ref)
+    if other := differing(given, shape):
+        raise ConfigError(
+            f"train_kwargs[{other!r}] = {given[other]!r}, but the adapter that training goes on from, {parent.ref!r}, "
+            f"has {shape[other]!r}. Leave it out, or set from_parent=False."
         )
-    values = (peft.r, peft.lora_alpha, peft.use_rslora, sorted(peft.target_modules))
-    return dict(zip(_SHAPE, values, strict=True))
+    return given | shape
 
 
 def _defaults(config: Config, name: str) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def publish_run(folder: Path, registry: Path, name: str, **more: Any) -> "Revisi
 
 def summary(cards: Sequence[dict[str, Any]]) -> str:
     """A table of finished runs, one line a ``run.json``."""
-    width = max(18, *(len(card["name"]) for card in cards))
+    width = max([18, *(len(card["name"]) for card in cards)])
     lines = [
         f"{'name':<{width}} {'rows':>6} {'steps':>6} {'val. loss':>9} {'exact match':>11} {'base':>6} {'seconds':>8}"
     ]

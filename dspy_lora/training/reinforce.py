@@ -32,6 +32,8 @@ from dspy_lora.engine.processes import kill_group
 from dspy_lora.errors import ConfigError, DataError, DivergedError, MissingDependencyError, TrainingError, near
 from dspy_lora.training.grpo.settings import GRPOSettings
 from dspy_lora.training.grpo.trainer import Group
+from dspy_lora.training.settings import of_the_base, problems
+from dspy_lora.training.shape import check_rank
 
 if TYPE_CHECKING:
     from dspy_lora.lm import LoRALM
@@ -52,6 +54,9 @@ _batch_ids = itertools.count()
 
 # What the adapter that training starts from has decided.
 _SHAPE = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"}
+
+# What decides how likely an answer was, and where it was cut off.
+_SAMPLING = ("temperature", "max_tokens")
 
 _ERRORS = {error.__name__: error for error in (ConfigError, DataError, DivergedError, MissingDependencyError)}
 
@@ -123,6 +128,7 @@ class LoRAReinforceJob(ReinforceJob):
             train_data_format: ``TrainDataFormat.GRPO_CHAT``.
 
         Raises:
+            ConfigError: The answers were sampled at another temperature or length than the LM's own.
             DataError: The groups are malformed, or rendered with another DSPy adapter than the answers were sampled
                 with.
             DivergedError: The loss is no longer a number.
@@ -133,7 +139,7 @@ class LoRAReinforceJob(ReinforceJob):
         if self._process is None:
             raise TrainingError(f"the GRPO job is {self._status}: nothing can be trained. Start another one.")
         groups = self._new_groups(train_data)
-        self._check_prompts(groups)
+        self._check_calls(groups)
         self._make_room()
         try:
             figures = self._process.ask("step", groups=groups) if groups else {"steps": 0}
@@ -222,15 +228,24 @@ class LoRAReinforceJob(ReinforceJob):
         self._trained = found
         return found
 
-    def _check_prompts(self, groups: list[Group]) -> None:
-        """Compares the groups' system messages with those that the LM was sent, where DSPy keeps a history."""
-        sent = {_system(entry["messages"]) for entry in self.lm.history if entry.get("messages")}
-        for group in groups:
-            if sent and (system := _system(group[0]["messages"])) not in sent:
+    def _check_calls(self, groups: list[Group]) -> None:
+        """Looks for the calls with the groups' system messages, where DSPy keeps a history of the LM's."""
+        calls = [entry for entry in self.lm.history if entry.get("messages")]
+        usual = self.lm.kwargs
+        own = {key: usual[key] for key in _SAMPLING}
+        sent = {_system(entry["messages"]) for entry in calls}
+        fitting = {_system(entry["messages"]) for entry in calls if own.items() <= (usual | entry["kwargs"]).items()}
+        for system in {_system(group[0]["messages"]) for group in groups} if sent else ():
+            if system not in sent:
                 raise DataError(
                     f"the groups were rendered with another DSPy adapter than the answers were sampled with: no call "
                     f"had the system message {system[:200]!r}. Give GRPO(adapter=...) the adapter of "
                     "dspy.configure(adapter=...), or leave both out."
+                )
+            if system not in fitting:
+                raise ConfigError(
+                    f"GRPO takes the answers for sampled at the LM's own {own}, and no call with the system message "
+                    f"{system[:200]!r} had these. Set them on the LoRALM, not on a predictor."
                 )
 
     def _make_room(self) -> None:
@@ -351,12 +366,14 @@ def _settings(lm: "LoRALM", given: dict[str, Any]) -> GRPOSettings:
             "it out, or start from the base with LoRALM(domain=None)."
         )
     config = load_config()
-    configured = config.lora.model_dump(include=_SHAPE) | {"qlora": config.qlora.enabled}
+    configured = config.lora.model_dump(include=_SHAPE) | of_the_base(config)
     try:
-        return GRPOSettings.model_validate(configured | given)
+        settings = GRPOSettings.model_validate(configured | given)
     except pydantic.ValidationError as exc:
-        problems = [f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in exc.errors()]
-        raise ConfigError(f"train_kwargs: {'; '.join(problems)}") from exc
+        raise ConfigError(f"train_kwargs: {problems(exc)}") from exc
+    if lm.adapter is None:
+        check_rank(settings.r, lm.engine.settings if isinstance(lm.engine, LocalEngine) else None)
+    return settings
 
 
 def _shares_gpu(lm: "LoRALM", settings: GRPOSettings) -> bool:

@@ -59,10 +59,12 @@ class Run:
             "versions": _versions(),
             "hardware": hardware,
             "wall_seconds": round(self.seconds, 1),
-            "gpu_hours": round(self.seconds / 3600 * hardware["gpus"], 5),
+            "gpu_hours": round(self.seconds / 3600 * min(hardware["gpus"], 1), 5),  # a run trains on one
         }
         text = json.dumps(card, indent=2, default=str, ensure_ascii=False)
-        (self.folder / CARD_FILE).write_text(text + "\n", encoding="utf-8")
+        draft = self.folder / f"{CARD_FILE}.partial"
+        draft.write_text(text + "\n", encoding="utf-8")
+        draft.replace(self.folder / CARD_FILE)
 
 
 def read_card(folder: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pydantic
 
+from dspy_lora.config import Config
 from dspy_lora.training.data import Row
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ class TrainConfig(pydantic.BaseModel):
     Attributes:
         signature: The task; its fields name the rows' columns.
         train: Rows to train on: a .jsonl file, or the rows.
-        dev: Rows to validate on; None holds out a tenth of ``train``, at most 200 rows.
+        dev: Rows to validate on; None holds out a tenth of ``train``, at most 200 rows, the same whatever ``seed``.
         output_dir: The run's folder. The adapter lands in ``output_dir/adapter``.
         name: The domain: it marks console lines and names the adapter in the registry.
         base: Base model: a Hugging Face id, a folder, or None for the bundled seedling.
@@ -37,7 +38,7 @@ class TrainConfig(pydantic.BaseModel):
         micro_batch_size: Most rows in one forward pass of a base with at least 500 million parameters; its largest
             divisor of ``batch_size`` is taken.
         gradient_checkpointing: Whether such a base recomputes activations to save memory.
-        warmup_ratio: Share of the steps over which the learning rate rises.
+        warmup_ratio: Share of the steps over which the learning rate rises, rounded down to whole steps.
         neftune_noise_alpha: Size of the uniform noise on the embeddings while training (NEFTune, Jain et al. 2023,
             arXiv 2310.05914); None adds none.
         prompt_loss_weight: Weight of a prompt's token in the training loss, a completion's having 1 (Shi et al. 2024,
@@ -48,7 +49,8 @@ class TrainConfig(pydantic.BaseModel):
         dtype: Number format of the base while training; "auto" is bfloat16 on a GPU that has it, else float32. LoRA
             weights are float32 in any case.
         max_length: Longest row in tokens; longer ones are left out and counted. The base's own limit comes first.
-        eval_rows: Validation rows that are answered (all of them count in the validation loss).
+        eval_rows: Validation rows that are answered, drawn from all, the same whatever ``seed`` (all of them count in
+            the validation loss).
         eval_every: Steps between validations, each with a checkpoint to go on from; None is a tenth of all steps.
         select_by: What the best checkpoint is best at.
         patience: Validations in a row without a lower validation loss after which the run stops; None never stops it.
@@ -58,7 +60,7 @@ class TrainConfig(pydantic.BaseModel):
         registry: Where to publish the adapter; None does not publish it.
     """
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, allow_inf_nan=False)
 
     signature: Any
     train: Path | list[Row]
@@ -137,14 +139,40 @@ class TrainConfig(pydantic.BaseModel):
         """The settings as JSON-safe values; rows in memory are left out, the task is spelled out."""
         values = self.model_dump(mode="json", exclude={"signature", "adapter", "train", "dev"})
         files = {key: str(rows) for key in ("train", "dev") if isinstance(rows := getattr(self, key), Path)}
-        task = {"fields": self.signature.signature, "instructions": self.signature.instructions}
-        return values | files | {"signature": task, "adapter": type(self.chat_adapter()).__name__}
+        return values | files | {"signature": _task(self.signature), "adapter": type(self.chat_adapter()).__name__}
 
     def chat_adapter(self) -> "dspy.Adapter":
         """The DSPy adapter that renders and parses."""
         import dspy
 
         return self.adapter or dspy.ChatAdapter()
+
+
+def _task(signature: "type[dspy.Signature]") -> dict[str, Any]:
+    """A task as DSPy's adapters write it into a prompt: fields, their types and descriptions, instructions."""
+    from dspy.adapters.utils import get_annotation_name
+
+    described = {
+        name: {"type": get_annotation_name(field.annotation), "description": field.json_schema_extra["desc"]}
+        for name, field in signature.fields.items()
+    }
+    return {"fields": signature.signature, "instructions": signature.instructions, "described": described}
+
+
+def of_the_base(config: Config) -> dict[str, Any]:
+    """What ``lora_config.yaml`` says of loading the base, by the names in TrainConfig and GRPOSettings."""
+    dtype = "auto" if config.training.bf16 else "float32"
+    return config.qlora.model_dump(exclude={"enabled"}) | {"qlora": config.qlora.enabled, "dtype": dtype}
+
+
+def problems(error: pydantic.ValidationError) -> str:
+    """Words what pydantic found; a problem of several settings together has no place and no value of its own."""
+    return "; ".join(
+        f"{'.'.join(map(str, each['loc']))} = {each['input']!r}: {each['msg']}"
+        if each["loc"]
+        else each["msg"].removeprefix("Value error, ")
+        for each in error.errors()
+    )
 
 
 def over_configured(found: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

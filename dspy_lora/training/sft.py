@@ -2,6 +2,7 @@
 
 import functools
 import math
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from dspy_lora.training.data import Row
 from dspy_lora.training.failures import explained
 from dspy_lora.training.full import MODEL_FOLDER, parameters, save_model
 from dspy_lora.training.loading import kind, load_base, lora_config, require_packages
+from dspy_lora.training.lock import alone
 from dspy_lora.training.noise import with_noisy_copies
 from dspy_lora.training.order import row_order
 from dspy_lora.training.picture import draw_losses
@@ -21,12 +23,16 @@ from dspy_lora.training.publishing import publish_run, save_adapter
 from dspy_lora.training.run import CARD_FILE, Run, read_card
 from dspy_lora.training.scoring import Questions, exact_match
 from dspy_lora.training.settings import TrainConfig
+from dspy_lora.training.shape import check_parent, check_targets
 
 __all__ = ["TrainConfig", "load_rows", "train"]
 
 # Below this many parameters a step is bound by kernel launches, not by memory: micro-batches and gradient checkpointing
 # would only repeat the launches, so they are left off.
 SMALL_MODEL = 500_000_000
+
+# Decides which rows are held out and which are answered: not the run's own seed, so that seeds can be compared.
+_VALIDATION_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -65,16 +71,26 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         The run's folder.
 
     Raises:
-        ConfigError: No such base model, one that cannot be downloaded, or checkpoints made with other settings.
+        ConfigError: No such base model, one that cannot be downloaded or lacks the target modules, a parent of another
+            shape, a folder that cannot be written, or checkpoints made with other settings.
+        AdapterError: The parent is no adapter that training can go on from.
         DataError: Rows that are malformed, too few or too long.
         MissingDependencyError: The ``train`` extra or a tracker is not installed.
-        TrainingError: Out of memory, no space on the disk, the loss is no longer a number (DivergedError), or
-            ``resume`` was not given and there are checkpoints.
+        TrainingError: Out of memory, no space on the disk, the loss is no longer a number (DivergedError), another run
+            trains in the folder, or ``resume`` was not given and there are checkpoints.
         PublishError: The disk refused the published adapter; the run itself is finished.
     """
     require_packages(config)
     rows = load_rows(config)
+    check_parent(config)
     base = fetch_base(config.base)
+    check_targets(config, base, publish=config.registry is not None)
+    with alone(config.output_dir):
+        return _train_alone(config, base, rows, resume)
+
+
+def _train_alone(config: TrainConfig, base: Base, rows: Rows, resume: bool) -> Path:
+    """Trains, unless the folder holds the finished run, and publishes."""
     settings = config.settings() | {"base_revision": base.revision, "sha256": rows.sha256}
     checkpoints = Checkpoints(config.output_dir)
     if resume and _is_finished(config.output_dir, settings):
@@ -136,7 +152,7 @@ def load_rows(config: TrainConfig) -> Rows:
     hashes = {"train": data.sha256(config.train)}
     kept = list(range(len(rows)))
     if config.dev is None:
-        kept, held = data.hold_out(kept, config.seed)
+        kept, held = data.hold_out(kept, _VALIDATION_SEED)
         dev = [rows[place] for place in held]
     else:
         dev = _read(config, config.dev, "validate on")
@@ -173,16 +189,23 @@ def _prepare(config: TrainConfig, base: Base, rows: Rows, run: Run) -> tuple[Any
     sets, facts = {}, {}
     for split, part in (("train", rows.train), ("dev", rows.dev)):
         examples = data.render(config.signature, part, adapter, config.demos, rows.numbers[split])
-        sets[split], left_out = data.tokenize(tokenizer, examples, context)
+        what = "row to train on" if split == "train" else "row to validate on"
+        sets[split], left_out = data.tokenize(tokenizer, examples, context, what)
         facts[split] = {"rows": len(part), "too_long": left_out, "tokens": sum(row["length"] for row in sets[split])}
         if left_out:
             run.say(f"{left_out} of {len(part)} {split} rows pass {context} tokens and are left out")
-    asked = rows.dev[: config.eval_rows]
+    asked = _asked(rows.dev, config.eval_rows)
     questions = Questions.prepare(tokenizer, config.signature, adapter, asked, context, config.demos)
     run.say(f"base {base.name} ({base.revision}): {model.num_parameters() / 1e6:.1f} M parameters, {model.dtype}")
     trainer = _trainer(config, model, tokenizer, sets, questions, run)
     _describe(config, trainer, facts, run)
     return trainer, questions, facts
+
+
+def _asked(rows: list[Row], most: int) -> list[Row]:
+    """The rows that are answered, in their order: a sample, since files are often sorted by label."""
+    places = random.Random(_VALIDATION_SEED).sample(range(len(rows)), min(most, len(rows)))
+    return [rows[place] for place in sorted(places)]
 
 
 def _trainer(
@@ -218,9 +241,9 @@ def _kind_of_trainer(config: TrainConfig) -> Any:
         from dspy_lora.training.prompt_loss import PromptLossTrainer
 
         return functools.partial(PromptLossTrainer, config.prompt_loss_weight)
-    from trl import SFTTrainer
+    from dspy_lora.training.validation_loss import TokenMeanTrainer
 
-    return SFTTrainer
+    return TokenMeanTrainer
 
 
 def _keep_tensorboard(trainer: Any, folder: Path) -> None:
@@ -234,6 +257,7 @@ def _keep_tensorboard(trainer: Any, folder: Path) -> None:
 
 def _arguments(config: TrainConfig, model: Any, rows: int) -> Any:
     import torch
+    from transformers.utils import is_torch_tf32_available
     from trl import SFTConfig
 
     from dspy_lora.training.watch import CHOICE
@@ -241,7 +265,7 @@ def _arguments(config: TrainConfig, model: Any, rows: int) -> Any:
     small = model.num_parameters() < SMALL_MODEL
     most = config.batch_size if small else min(config.micro_batch_size, config.batch_size)
     micro = next(size for size in range(most, 0, -1) if config.batch_size % size == 0)
-    steps = config.max_steps or math.ceil(config.epochs * math.ceil(rows / config.batch_size))
+    steps = config.max_steps or math.ceil(config.epochs * rows / config.batch_size)
     every = min(config.eval_every or max(1, steps // 10), steps)
     cuda = torch.cuda.is_available()
     args = SFTConfig(
@@ -254,11 +278,11 @@ def _arguments(config: TrainConfig, model: Any, rows: int) -> Any:
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         lr_scheduler_type=config.lr_scheduler_type,
-        warmup_steps=config.warmup_ratio,
+        warmup_steps=min(int(config.warmup_ratio * steps), steps - 1),  # whose first step has a learning rate of 0
         optim="adamw_torch_fused" if cuda and config.optim == "adamw_torch" else config.optim,
         seed=config.seed,
         bf16=model.dtype == torch.bfloat16,
-        tf32=True if cuda else None,
+        tf32=True if is_torch_tf32_available() else None,
         use_cpu=not cuda,
         gradient_checkpointing=config.gradient_checkpointing and not small,
         torch_compile=config.torch_compile,

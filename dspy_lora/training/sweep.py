@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from dspy_lora.errors import ConfigError, near
 from dspy_lora.training.settings import TrainConfig
 
-_NUMBERS = (int, float, int | None)
+_NUMBERS = (int, float, int | None, float | None)
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class Watch(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         values = {name: float(logs[name]) for name in _LOGGED if name in logs}
-        self._run.log(state.global_step, **values)
+        self._run.log(state.global_step, max_steps=state.max_steps, **values)
         speed = (state.global_step - self._first) / (time.monotonic() - self._start)
         width = len(str(state.max_steps))
         self._run.say(

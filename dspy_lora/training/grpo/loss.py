@@ -26,6 +26,9 @@ def advantages(groups: Sequence[Sequence[float]], scale: Literal["group", "batch
     everything = [reward for group in groups for reward in group]
     found = []
     for group in groups:
+        if max(group) == min(group):  # whose mean may differ from them by rounding
+            found.append([0.0] * len(group))
+            continue
         mean = sum(group) / len(group)
         width = 1.0 if scale == "none" else deviation(group if scale == "group" else everything) + _STD_FLOOR
         found.append([(reward - mean) / width for reward in group])

@@ -20,6 +20,7 @@ from typing import Any, TextIO
 
 from dspy_lora.adapters.base import Base
 from dspy_lora.errors import DspyLoraError, TrainingError
+from dspy_lora.training.failures import is_out_of_memory
 from dspy_lora.training.grpo.settings import GRPOSettings
 from dspy_lora.training.grpo.trainer import Group, GroupTrainer
 from dspy_lora.training.run import Run
@@ -75,19 +76,20 @@ class _Server:
 
 def _answer(work: Callable[..., dict[str, Any]], arguments: dict[str, Any]) -> dict[str, Any]:
     """Does one piece of work; what it raises becomes an answer too, the traceback goes to the log."""
-    import torch
-
     try:
         return {"value": work(**arguments)}
     except DspyLoraError as exc:
         return {"error": type(exc).__name__, "message": str(exc)}
-    except (torch.OutOfMemoryError, MemoryError) as exc:
-        traceback.print_exc()
-        advice = "Use a smaller micro_batch_size or max_length, qlora, or share_gpu."
-        return {"error": TrainingError.__name__, "message": f"out of memory: {str(exc).splitlines()[0]} {advice}"}
     except Exception as exc:  # noqa: BLE001 - the parent raises it
         traceback.print_exc()
+        if is_out_of_memory(exc):
+            advice = "Use a smaller micro_batch_size or max_length, qlora, or share_gpu."
+            return {"error": TrainingError.__name__, "message": f"out of memory: {_first_line(exc)} {advice}"}
         return {"error": TrainingError.__name__, "message": f"{type(exc).__name__}: {exc}"}
+
+
+def _first_line(exc: Exception) -> str:
+    return str(exc).split("\n", 1)[0]
 
 
 def _requests() -> "queue.SimpleQueue[dict[str, Any]]":

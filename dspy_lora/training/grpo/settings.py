@@ -7,6 +7,12 @@ import pydantic
 
 from dspy_lora.training.settings import SEVEN_PROJECTIONS, TrainConfig
 
+# What both kinds of runs have, and load the base and shape the adapter by.
+_OF_LOADING = {
+    "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "qlora", "bnb_4bit_quant_type",
+    "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype", "dtype", "seed",
+}  # fmt: skip
+
 
 class GRPOSettings(pydantic.BaseModel):
     """What ``dspy.GRPO(train_kwargs={...})`` may set for a LoRALM; named as in trl.GRPOConfig and peft.LoraConfig.
@@ -59,6 +65,9 @@ class GRPOSettings(pydantic.BaseModel):
     target_modules: tuple[str, ...] = SEVEN_PROJECTIONS
     use_rslora: bool = True
     qlora: bool = False
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    bnb_4bit_use_double_quant: bool = True
+    bnb_4bit_compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     gradient_checkpointing: bool = True
     seed: int = pydantic.Field(default=0, ge=0)
@@ -68,5 +77,5 @@ class GRPOSettings(pydantic.BaseModel):
 
     def loading(self, folder: Path) -> TrainConfig:
         """The same settings as a supervised run has them, to load the base and shape the adapter by."""
-        names = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "qlora", "dtype", "seed"}
-        return TrainConfig(signature=None, train=[], output_dir=folder, **self.model_dump(include=names))
+        shared = self.model_dump(include=_OF_LOADING)
+        return TrainConfig(signature=None, train=[], output_dir=folder, **shared)

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import random
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -60,7 +59,6 @@ class GroupTrainer:
         self.weights = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.start = [weight.detach().clone() for weight in self.weights] if settings.beta else []
         self.optimizer = torch.optim.AdamW(self.weights, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-        self._shuffle = random.Random(settings.seed)
 
     def _prepare(self) -> None:
         """float32 LoRA weights, no dropout, and less memory for a large base."""
@@ -85,13 +83,15 @@ class GroupTrainer:
 
         Returns:
             Figures of the step. ``steps`` is how many optimizer steps it took: 0 where no group has answers of
-            different rewards, so that there is nothing to learn.
+            different rewards and ``beta`` is 0, so that there is nothing to learn.
 
         Raises:
-            DataError: A group is malformed, or no answer fits ``max_length``.
-            DivergedError: The loss is no longer a number; the weights are as before.
+            DataError: A reward is no finite number, the base's chat template refuses the messages, or no answer fits
+                ``max_length``.
+            DivergedError: The loss is no longer a number; the weights are as the iteration before left them.
         """
         started = time.monotonic()
+        _check_rewards(groups)
         answers = self._answers(groups)
         weights = token_weights([len(answer.tokens) for answer in answers], self.settings.loss_type, self.max_tokens)
         telling = [pair for pair in zip(answers, weights, strict=True) if pair[0].advantage or self.settings.beta]
@@ -202,3 +202,9 @@ class GroupTrainer:
         finally:
             for weight, data in zip(self.weights, now, strict=False):
                 weight.data = data
+
+
+def _check_rewards(groups: Sequence[Group]) -> None:
+    for reward in (answer["reward"] for group in groups for answer in group):
+        if not isinstance(reward, int | float) or not math.isfinite(reward):
+            raise DataError(f"a reward is {reward!r}. The metric must return a finite number for every answer.")
