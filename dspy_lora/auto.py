@@ -3,10 +3,11 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from dspy import lm15
 
+from dspy_lora.adapters.revision import Revision
 from dspy_lora.detection.classifier import DomainClassifier
 
 NAME = "auto"
@@ -21,10 +22,13 @@ class AutoRoute:
     Args:
         classifier: Says which domain the question is of.
         models: Model string of each domain that has an adapter; that of the base model alone under None.
+        revisions: Those adapters: a copy in another process asks for them, whatever was published since.
     """
 
-    def __init__(self, classifier: DomainClassifier, models: Mapping[str | None, str]) -> None:
-        self.classifier, self.models = classifier, dict(models)
+    def __init__(
+        self, classifier: DomainClassifier, models: Mapping[str | None, str], revisions: Iterable[Revision] = ()
+    ) -> None:
+        self.classifier, self.models, self.revisions = classifier, dict(models), tuple(revisions)
         refs = [model.rpartition("/")[2] for domain, model in self.models.items() if domain is not None]
         known = json.dumps([sorted(refs), classifier.fingerprint])
         #: The route's own name; it changes with the adapters and the classifier, as DSPy's cache wants it.

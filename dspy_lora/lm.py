@@ -1,5 +1,6 @@
 """LoRALM: a ``dspy.LM`` bound to one adapter revision of a base model that vLLM serves."""
 
+import copy
 import dataclasses
 import re
 from pathlib import Path
@@ -20,7 +21,7 @@ from dspy_lora.engine.local import AsyncLocalEngine, LocalEngine, async_local_en
 from dspy_lora.engine.protocol import Adapter
 from dspy_lora.engine.samples import sampling
 from dspy_lora.engine.settings import engine_settings
-from dspy_lora.engine.translate import VLLM_KNOBS
+from dspy_lora.engine.translate import ANSWERS, VLLM_KNOBS
 from dspy_lora.errors import AdapterError, ChangedAdapterError, ConfigError
 from dspy_lora.training.provider import LoRAProvider
 
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 
 _MODEL = re.compile(r"lora/(?P<base>.+?)@(?P<revision>[0-9a-f]{12}|main)(?:/(?P<adapter>[a-z0-9_-]+@[0-9a-f]{12}))?")
 _BOUND = (
-    "_binding", "_base", "_registry", "_adapter", "_auto", "model", "provider", "_engine_spec", "_async_engine_spec",
+    "_binding", "_base", "_registry", "_adapter", "_auto", "_answers", "model", "provider", "_engine_spec",
+    "_async_engine_spec",
 )  # fmt: skip
 _REBIND = (
     "domain",
@@ -40,6 +42,14 @@ _REBIND = (
     "api_key",
     "classifier",
 )  # what a copy may change beside sampling
+_NAMED = {  # arguments that LoRALM has under another name
+    "base": "the base is LoRALM's first argument, `model`.",
+    "base_model": "the base is LoRALM's first argument, `model`.",
+    "adapter": "an adapter's name is LoRALM's argument `domain`.",
+}
+_OF_SERVERS = ("reasoning_parser",)  # settings that are of use where the engine is a server's
+_OF_TRAINING = ("finetuning_model", "launch_kwargs", "train_kwargs", "use_developer_role")  # which dspy.LM saves too
+_SAMPLING = ("temperature", "max_tokens")  # which have defaults, and may have been taken back with None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +85,8 @@ class LoRALM(dspy.LM):
         classifier: Folder of the ``DomainClassifier`` that ``domain="auto"`` asks; None takes the packaged one, which
             knows the domains of ``lora_config.yaml``.
         engine: Settings of the engine: keys of ``serving`` in ``lora_config.yaml``, or any argument of
-            ``vllm.AsyncEngineArgs``.
+            ``vllm.AsyncEngineArgs``. With ``api_base`` the server's own count, but for ``reasoning_parser``: one says
+            that the server has it, so that ``dspy.Reasoning`` fields are filled with what the model thought.
         api_base: Address of a running OpenAI-compatible vLLM server, to be used instead of an own engine.
         api_key: Key for that server; else the environment variable ``DSPY_LORA_API_KEY``.
         temperature: Sampling temperature; 0 is greedy.
@@ -92,7 +103,7 @@ class LoRALM(dspy.LM):
 
     def __init__(
         self,
-        model: str | None = None,
+        model: str | Path | None = None,
         *,
         domain: str | None = None,
         registry: str | Path | None = None,
@@ -105,10 +116,12 @@ class LoRALM(dspy.LM):
         **kwargs: Any,
     ) -> None:
         _check_settings(kwargs)
+        model = _text(model)
         named = _MODEL.fullmatch(model or "")
         if named:
             model, domain = named["base"], domain or named["adapter"]
-        self._binding = _Binding(model, _text(registry), engine or {}, api_base, _text(classifier), api_key)
+        own = copy.deepcopy(engine) if engine else {}
+        self._binding = _Binding(model, _text(registry), own, api_base, _text(classifier), api_key)
         config = load_config()
         self._base = resolve_base(model or config.base_model)
         if named and not self._base.is_recorded(named["base"], named["revision"]):
@@ -120,6 +133,8 @@ class LoRALM(dspy.LM):
         self._auto = self._auto_route() if domain is not None and domain.split("@")[0] == AUTO else None
         self._adapter = None if self._auto else self._resolve(domain)
         pair = self._engine_pair(config)
+        settings = pair[0].settings if isinstance(pair[0], LocalEngine) else None
+        self._answers = settings.answers if settings else None
         super().__init__(
             model=self.model_string(self.ref),
             temperature=temperature,
@@ -128,7 +143,6 @@ class LoRALM(dspy.LM):
             async_engine=pair[1],
             **_with_knobs(kwargs, {}),
         )
-        settings = pair[0].settings if isinstance(pair[0], LocalEngine) else None
         self.provider = LoRAProvider(self._base, self._registry, settings)
         self._announce()
 
@@ -169,13 +183,10 @@ class LoRALM(dspy.LM):
     def _auto_route(self) -> AutoRoute:
         folder = self._binding.classifier
         classifier = DomainClassifier.load(folder) if folder else DomainClassifier.packaged()
-        found = self._adapters_of(classifier)
-        return AutoRoute(classifier, {None: self.model_string(None)} | {n: self.model_string(r.ref) for n, r in found})
-
-    def _adapters_of(self, classifier: DomainClassifier) -> list[tuple[str, Revision]]:
-        """The adapters of this base that the classifier can choose."""
         mine = [each for each in self._registry.list() if each.is_for(self._base)]
-        return [(each.adapter, each) for each in mine if each.adapter in classifier.domains]
+        known = [each for each in mine if each.adapter in classifier.domains]
+        models = {None: self.model_string(None)} | {each.adapter: self.model_string(each.ref) for each in known}
+        return AutoRoute(classifier, models, known)
 
     def model_string(self, ref: str | None) -> str:
         """The model string of an adapter of this LM's base, or of the base alone."""
@@ -190,23 +201,30 @@ class LoRALM(dspy.LM):
     def _engine_pair(
         self, config: Any
     ) -> "tuple[LocalEngine, AsyncLocalEngine] | tuple[RemoteEngine, AsyncRemoteEngine]":
+        settings = engine_settings(self._base.for_engine, config, self._binding.engine)
         if self._binding.api_base is not None:
             from dspy_lora.engine.remote import async_remote_engine, remote_engine
 
-            server = (self._binding.api_base, self._binding.api_key, self._base)
+            _check_server_s(self._binding.engine)
+            thinks = settings.reasoning_parser is not None
+            server = (self._binding.api_base, self._binding.api_key, self._base, thinks)
             return remote_engine(*server), async_remote_engine(*server)
-        settings = engine_settings(self._base.for_engine, config, self._binding.engine)
         return local_engine(settings), async_local_engine(settings)
+
+    def _get_initial_kwargs(self, **kwargs: Any) -> dict[str, Any]:
+        """Without dspy.LM's rules for OpenAI's models, which it knows by a model string's end, as in gpt-5-distill."""
+        found = BaseLM._get_initial_kwargs(self, **kwargs)
+        return {key: value for key, value in found.items() if key != "rollout_id" or value is not None}
 
     def _announce(self) -> None:
         """Tells the engine objects which adapter this model string means, or how one is chosen."""
+        adapters = self._auto.revisions if self._auto else (self._adapter,) if self._adapter else ()
         for engine in (self._engine_spec, self._async_engine_spec):
+            engine.serve(self.model_string(None), None)
             if self._auto:
                 engine.routes[self.model] = self._auto
-                for _, revision in self._adapters_of(self._auto.classifier):
-                    engine.serve(self.model_string(revision.ref), Adapter(revision.ref, str(revision.path)))
-            elif self._adapter:
-                engine.serve(self.model, Adapter(self._adapter.ref, str(self._adapter.path)))
+            for each in adapters:
+                engine.serve(self.model_string(each.ref), Adapter(each.ref, str(each.path)))
         if isinstance(self._engine_spec, LocalEngine):
             self._engine_spec.know(self._registry)
 
@@ -214,16 +232,27 @@ class LoRALM(dspy.LM):
 
     def __call__(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
         """As ``dspy.LM``; ``n`` samples are one engine request, and so are equal cached calls at once."""
-        kwargs = _with_knobs(kwargs, self.kwargs)
+        prompt, kwargs = self._marked(prompt, kwargs)
         with flight(flight_key(self, prompt, messages, kwargs)), sampling(_samples(prompt, kwargs, self.kwargs)):
             return super().__call__(prompt, messages=messages, **kwargs)
 
     async def acall(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
         """Async equivalent of ``__call__``."""
-        kwargs = _with_knobs(kwargs, self.kwargs)
+        prompt, kwargs = self._marked(prompt, kwargs)
         with sampling(_samples(prompt, kwargs, self.kwargs)):
             async with aflight(flight_key(self, prompt, messages, kwargs)):
                 return await super().acall(prompt, messages=messages, **kwargs)
+
+    def _marked(self, prompt: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """A call as DSPy takes it, marked for its cache with the settings of the engine that answers depend on."""
+        mark = {ANSWERS: self._answers} if self._answers else {}
+        typed = prompt if isinstance(prompt, lm15.Request) else kwargs.get("request")
+        if typed is None:
+            return prompt, _with_knobs(kwargs | mark, self.kwargs)
+        if mark:
+            config = dataclasses.replace(typed.config, extensions={**(typed.config.extensions or {}), **mark})
+            typed = dataclasses.replace(typed, config=config)
+        return (typed, kwargs) if isinstance(prompt, lm15.Request) else (prompt, kwargs | {"request": typed})
 
     # -- the engine ------------------------------------------------------------------------------------------------
 
@@ -232,7 +261,7 @@ class LoRALM(dspy.LM):
         self._engine_spec.preload(self.model)
 
     def unload(self) -> None:
-        """Takes this LM's adapter out of the engine; the next call loads it again."""
+        """Takes this LM's adapter out of the engine once no call runs with it; the next call loads it again."""
         self._engine_spec.unload(self.model)
 
     def engine_stats(self) -> dict[str, Any]:
@@ -241,7 +270,7 @@ class LoRALM(dspy.LM):
         Returns:
             Running and waiting requests, tokens per second since the last look, the adapters resident in it, how
             many are in its CPU memory (used or not), prefix-cache queries and hits (tokens), uptime in seconds,
-            restarts.
+            restarts; where no engine runs, none is started, and ``pid`` is None.
         """
         return self._engine_spec.stats()
 
@@ -265,6 +294,7 @@ class LoRALM(dspy.LM):
             **kwargs: Sampling settings, or ``domain``, ``model``, ``registry``, ``engine``, ``api_base``.
                 ``domain=None`` is the base model alone.
         """
+        _check_settings(kwargs)
         rebind = {key: kwargs.pop(key) for key in _REBIND if key in kwargs}
         copied: LoRALM = super().copy(**_with_knobs(kwargs, self.kwargs))
         if rebind:
@@ -301,6 +331,7 @@ class LoRALM(dspy.LM):
         """What ``program.save`` writes: the base's and the adapter's revision, sampling settings, no key."""
         state: dict[str, Any] = BaseLM.dump_state(self)
         state |= {"registry": self._binding.registry, "engine": self._binding.engine, "base": self._binding.base}
+        state |= {name: value for name in _OF_TRAINING if (value := vars(self)[name])}
         if self._binding.classifier is not None:
             state["classifier"] = self._binding.classifier
         if self._binding.api_base is not None:
@@ -324,7 +355,7 @@ class LoRALM(dspy.LM):
         except AdapterError as exc:
             raise ChangedAdapterError(f"the program was saved with adapter {match['adapter']!r}: {exc}") from exc
         lm._check_unchanged(match)
-        return lm
+        return lm.copy(**dict.fromkeys(name for name in _SAMPLING if name not in state))
 
     def _check_unchanged(self, saved: re.Match[str]) -> None:
         if not self._base.is_recorded(saved["base"], saved["revision"]) or saved["adapter"] != self.ref:
@@ -346,10 +377,23 @@ def _check_settings(kwargs: dict[str, Any]) -> None:
     Raises:
         ConfigError: There are some.
     """
-    if "base_model" in kwargs:
-        raise ConfigError(f"base_model={kwargs['base_model']!r}: the base is LoRALM's first argument, `model`.")
+    for key in kwargs.keys() & _NAMED.keys():
+        raise ConfigError(f"{key}={kwargs[key]!r}: {_NAMED[key]}")
     if found := {key: kwargs[key] for key in kwargs if key in ServingConfig.model_fields}:
         raise ConfigError(f"{', '.join(found)}: of the engine, not of a call. Give LoRALM(engine={found!r}).")
+
+
+def _check_server_s(engine: dict[str, Any]) -> None:
+    """Refuses settings that a running server cannot be given.
+
+    Raises:
+        ConfigError: There are some.
+    """
+    if idle := {key: value for key, value in engine.items() if key not in _OF_SERVERS}:
+        raise ConfigError(
+            f"engine={idle!r}: the server at api_base was started with settings of its own. Start it with these, and "
+            f"give LoRALM no more than {', '.join(map(repr, _OF_SERVERS))} of them."
+        )
 
 
 def _with_knobs(kwargs: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -357,7 +401,7 @@ def _with_knobs(kwargs: dict[str, Any], defaults: dict[str, Any]) -> dict[str, A
     kwargs = dict(kwargs)
     if kwargs.get("top_k") in (0, -1):  # vLLM's words for "all tokens"; DSPy's is absence
         kwargs["top_k"] = None
-    knobs = {key: kwargs.pop(key) for key in list(kwargs) if key in VLLM_KNOBS}
+    knobs = {key: kwargs.pop(key) for key in list(kwargs) if key in VLLM_KNOBS or key == ANSWERS}
     if knobs or kwargs.get("metadata"):
         metadata = (defaults.get("metadata") or {}) | (kwargs.get("metadata") or {}) | knobs
         kwargs["metadata"] = {key: value for key, value in metadata.items() if value is not None}

@@ -15,6 +15,7 @@ from typing import get_args
 
 from dspy_lora.adapters.base import Base, resolve_base
 from dspy_lora.adapters.registry import AdapterRegistry, Revision
+from dspy_lora.child import child_environment
 from dspy_lora.config import LARGEST_RANK, Config, Rank, load_config
 from dspy_lora.engine import server_words
 from dspy_lora.engine.openai_server import OpenAIServer, prepare
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         print(command_line(server))
         return 0
     require_free(server.host, server.port)
-    environment = dict(os.environ)  # reading the words sets more, which the server decides by itself
+    environment = child_environment()  # reading the words sets more, which the server decides by itself
     said = server_words.read(server.words)
     has_key = server_words.KEY in said or "VLLM_API_KEY" in environment
     print(f"Serving {server.settings.base.name} with {len(server.adapters)} adapters. Connect, once it is up, with")
@@ -153,7 +154,10 @@ def connection(args: argparse.Namespace, server: OpenAIServer, has_key: bool = F
     words += [f'domain="{server.adapters[0].adapter}"'] if server.adapters else []
     words += [f"registry={json.dumps(str(args.registry))}"] if args.registry else []
     words += [f'api_base="{"https" if encrypted else "http"}://{place}:{server.port}/v1"']
-    return f"LoRALM({', '.join([*words, 'api_key=...'] if has_key else words)})"
+    words += ["api_key=..."] if has_key else []
+    parser = server.settings.reasoning_parser
+    words += [f'engine={{"reasoning_parser": {json.dumps(parser)}}}'] if parser else []
+    return f"LoRALM({', '.join(words)})"
 
 
 def _is_local(host: str) -> bool:

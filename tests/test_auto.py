@@ -1,13 +1,14 @@
 """``LoRALM(domain="auto")``: choosing by the question, and on the real engine."""
 
 import pickle
+from pathlib import Path
 
 import dspy
 import pytest
 from dspy import lm15
 from dspy.utils.exceptions import AdapterParseError
 
-from dspy_lora import LoRALM, load
+from dspy_lora import AdapterRegistry, LoRALM, load
 from dspy_lora.auto import AutoRoute, question
 from dspy_lora.demo import QUESTIONS
 from dspy_lora.detection.classifier import DomainClassifier
@@ -77,6 +78,21 @@ def test_it_is_copied_pickled_and_left_as_any_other():
     assert LoRALM.load_state(lm.dump_state()).model == lm.model
     with pytest.raises(ChangedAdapterError, match="auto"):
         LoRALM.load_state(lm.dump_state() | {"model": lm.model[:-12] + "0" * 12})
+
+
+def test_a_pickle_asks_for_the_adapters_it_was_made_with_whatever_was_published_since(tmp_path):
+    """Its route names them; under a name that the engine does not know, the base would answer."""
+    bundled, registry = AdapterRegistry(base="seedling"), AdapterRegistry(tmp_path, base="seedling")
+    old = registry.publish(bundled.resolve("legal").path, "legal")
+    lm = LoRALM("seedling", domain="auto", registry=tmp_path)
+    pickled = pickle.dumps(lm)
+    new = registry.publish(bundled.resolve("financial").path, "legal")
+    lm.engine.adapters.clear()  # as in another process
+    again = pickle.loads(pickled)  # noqa: S301
+    assert again._auto.models["legal"] == lm.model_string(old.ref) != lm.model_string(new.ref)
+    assert set(again._auto.models.values()) <= again.engine.adapters.keys()
+    assert Path(again.engine.adapters[lm.model_string(old.ref)].path) == old.path
+    assert again.engine.adapters[lm.model_string(None)] is None
 
 
 def test_a_classifier_of_the_users_own(tmp_path):

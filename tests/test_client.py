@@ -21,7 +21,7 @@ from dspy_lora.config import load_config
 from dspy_lora.engine import client as client_module
 from dspy_lora.engine.client import EngineClient, close_engines, engine_client
 from dspy_lora.engine.failures import advice, ending, last_lines, root_cause
-from dspy_lora.engine.local import AsyncLocalEngine, LocalEngine
+from dspy_lora.engine.local import AsyncLocalEngine, LocalEngine, local_engine
 from dspy_lora.engine.progress import Progress
 from dspy_lora.engine.protocol import Abort, Adapter, Command, Delta, Done, Failed, Generate, Ready, Result, StartFailed
 from dspy_lora.engine.settings import engine_settings
@@ -139,12 +139,12 @@ def test_requests_made_while_the_engine_starts_are_sent_when_it_serves(client):
 
 def test_a_command_returns_its_figures_or_raises_what_refused_it(client):
     with ThreadPoolExecutor(3) as pool:
-        good, refused, lost = (pool.submit(client.command, name) for name in ("stats", "sleep", "load"))
+        good, refused, lost = (pool.submit(client.command, name) for name in ("stats", "unload", "load"))
         first = host()
         eventually(lambda: len(first.sent) == 3)
         ids = {request.name: request.id for request in first.sent}
         first.replies.put(Result(ids["stats"], {"running": 2}))
-        first.replies.put(Failed(ids["sleep"], "server", "not now"))
+        first.replies.put(Failed(ids["unload"], "server", "not now"))
         first.replies.put(Failed(ids["load"], "adapter", "gone"))
         assert good.result() == {"running": 2}
         with pytest.raises(EngineError, match="not now"):
@@ -222,11 +222,19 @@ def test_a_request_that_cannot_be_sent_is_refused_alone_and_forgotten(client, se
     assert (len(StandIn.made), client._pending) == (1, {})  # nobody waits for another engine
 
 
+def engines():
+    """Engine objects that know of the base model alone."""
+    pair = LocalEngine(SETTINGS), AsyncLocalEngine(SETTINGS)
+    for each in pair:
+        each.serve("stand-in", None)
+    return pair
+
+
 async def test_a_value_that_cannot_be_sent_is_dspy_s_error_of_that_call(client, monkeypatch):
     monkeypatch.setattr(client_module, "_clients", {SETTINGS: client})
     message, config = lm15.Message.user("Hello."), lm15.Config(seed=LARGE)
     request = lm15.Request(model="stand-in", messages=(message,), config=config)
-    near, far = LocalEngine(SETTINGS), AsyncLocalEngine(SETTINGS)
+    near, far = engines()
     wanted = {"expected_exception": lm15.InvalidRequestError, "match": f"seed={LARGE} cannot be sent to the engine"}
     with pytest.raises(**wanted):
         near.complete(request)
@@ -236,6 +244,20 @@ async def test_a_value_that_cannot_be_sent_is_dspy_s_error_of_that_call(client, 
         await far.complete(request)
     with pytest.raises(**wanted):
         [event async for event in far.stream(request)]
+
+
+async def test_a_model_string_that_no_lm_has_spoken_for_is_not_answered_by_the_base(client, monkeypatch):
+    monkeypatch.setattr(client_module, "_clients", {SETTINGS: client})
+    request = lm15.Request(model="stand-in/legal@0123456789ab", messages=(lm15.Message.user("Hello."),))
+    near, far = engines()
+    wanted = {"expected_exception": lm15.ConfigurationError, "match": "answers as 'stand-in/legal@0123456789ab'"}
+    with pytest.raises(**wanted):
+        near.complete(request)
+    with pytest.raises(**wanted):
+        list(near.stream(request))
+    with pytest.raises(**wanted):
+        await far.complete(request)
+    assert not client.running
 
 
 def test_an_adapter_whose_path_cannot_be_sent_does_not_fail_the_start(client):
@@ -273,6 +295,18 @@ def test_a_request_taken_back_while_the_engine_starts_is_never_sent(client):
     call, other = ask(client), ask(client)
     client.abort(call)
     assert [request.id for request in host().sent] == [other.request.id]
+
+
+async def test_an_async_call_that_is_closed_is_taken_back(client, monkeypatch):
+    """As Python closes a coroutine that nobody awaits any more: not with CancelledError."""
+    monkeypatch.setattr(client_module, "_clients", {SETTINGS: client})
+    _, far = engines()
+    call = far.complete(lm15.Request(model="stand-in", messages=(lm15.Message.user("Hello."),)))
+    call.send(None)
+    first = await asyncio.to_thread(host)
+    call.close()
+    assert client._pending == {}
+    assert first.sent[-1] == Abort(first.sent[0].id)
 
 
 def test_an_answer_to_a_cancelled_future_is_dropped(client):
@@ -317,13 +351,16 @@ def test_what_a_dead_host_had_not_answered_goes_to_the_next_one(client):
     assert client.restarts == 1
 
 
-def test_a_request_under_which_two_hosts_died_fails_and_later_ones_go_on(client):
+def test_a_request_under_which_two_hosts_died_fails_and_later_ones_go_on(client, caplog):
     poison = ask(client)
     host().status = -9
     second = host(1)
+    assert (
+        "it is started again for 1 open calls. died with -9" in caplog.text
+    )  # the first cause, which nobody else names
     later = ask(client)
     second.status = 70
-    with pytest.raises(EngineDiedError, match="died with 70"):
+    with pytest.raises(EngineDiedError, match=r"died twice under this call; .* died with 70"):
         client.result(poison)
     third = host(2)
     assert [request.id for request in third.sent] == [later.request.id]
@@ -351,7 +388,7 @@ def test_a_stream_that_had_begun_is_not_started_over(client):
     first.replies.put(Delta(begun.request.id, "a"))
     eventually(lambda: shown)
     first.status = -9
-    with pytest.raises(EngineDiedError, match="while this answer was streaming; call again"):
+    with pytest.raises(EngineDiedError, match=r"while this answer was streaming; call again\. died with -9"):
         client.result(begun)
     assert [request.id for request in host(1).sent] == [fresh.request.id]
 
@@ -486,6 +523,22 @@ def raises(error):
     raise error
 
 
+def test_figures_of_an_engine_that_does_not_run_start_none(client, monkeypatch):
+    monkeypatch.setattr(client_module, "_clients", {SETTINGS: client})
+    stats = LocalEngine(SETTINGS).stats()
+    assert not client.running
+    assert (stats["pid"], stats["running"], stats["adapters"], stats["restarts"]) == (None, 0, [], 0)
+
+
+def test_another_patience_with_a_start_is_no_other_engine_and_counts_at_the_next_one():
+    patient = engine_settings(SETTINGS.base, load_config(), {"start_timeout_s": 900})
+    engine = local_engine(SETTINGS)
+    assert local_engine(patient) is engine
+    assert engine.client.settings.start_timeout_s == 900
+    assert local_engine(SETTINGS).client.settings.start_timeout_s == 600
+    close_engines()
+
+
 def test_equal_settings_share_a_client(client):
     same = engine_settings(Base("stand-in", "nowhere", "main"), load_config())
     other = engine_settings(Base("stand-in", "nowhere", "main"), load_config(), {"max_loras": 3})
@@ -495,6 +548,15 @@ def test_equal_settings_share_a_client(client):
 
 
 # -- a real socket without a process -----------------------------------------------------------------------------------
+
+
+def test_a_dead_host_says_how_it_died_and_shows_the_end_of_its_log(tmp_path):
+    dead = client_module.HostProcess(SETTINGS)
+    dead.ready, dead.log = True, tmp_path / "log"
+    dead.log.write_text("a last word")
+    assert str(dead.died(-11)) == (
+        "The vLLM engine for 'stand-in' was killed by SIGSEGV\nLast lines of its log:\na last word"
+    )
 
 
 def test_sending_to_a_host_that_is_gone_does_not_block(monkeypatch):
@@ -589,8 +651,17 @@ def test_a_log_is_shown_by_its_end():
 
 def test_advice_is_given_where_the_cause_is_known():
     assert "kv_cache_gib" in advice("ValueError: larger than the available KV cache memory", "")
-    assert "--shm-size" in advice("", "Insufficient space in /dev/shm for a buffer")
+    assert "--shm-size" in advice("", "RuntimeError: Insufficient space in /dev/shm for a buffer")
     assert advice("something else", "") == ""
+    error = "(EngineCore pid=5) ERROR 11-24 09:06:06 [core.py:9] torch.OutOfMemoryError: CUDA out of memory. Tried"
+    assert "too little free memory" in advice("", error)
+    healthy = "(EngineCore pid=5) INFO 11-26 17:44:23 [x.py:1] "
+    lines = (
+        "CPU KV cache size: 139,808 tokens",
+        "Explicitly set (1.0/23.54) GiB for KV cache",
+        "Free memory on device",
+    )
+    assert advice("", "\n".join(healthy + line for line in lines) + "\nSegmentation fault") == ""
     assert ending(3) == "ended with status 3"
     assert "memory runs out" in ending(-9)
     assert ending(-11) == "was killed by SIGSEGV"

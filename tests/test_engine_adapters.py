@@ -223,6 +223,21 @@ def test_an_adapter_unloaded_under_its_calls_is_loaded_again(make):
     assert make().engine_stats()["restarts"] == 0
 
 
+def test_an_adapter_unloaded_and_removed_under_a_call_ends_nobody_s_engine(make, publish, registry):
+    """Without a wait for the call vLLM would read the adapter again in its next step, and die."""
+    leaving = make(publish("leaving", 2.0).ref, max_tokens=300, ignore_eos=True)
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(ask, lm) for lm in (leaving, make("legal", max_tokens=300, ignore_eos=True))]
+        while make().engine_stats()["running"] < 2:
+            assert not any(call.done() for call in calls)
+            time.sleep(0.01)
+        registry.remove("leaving")
+        leaving.unload()
+        assert all(call.result() for call in calls)
+    stats = make().engine_stats()
+    assert stats["restarts"] == 0 and leaving.adapter.ref not in stats["adapters"]
+
+
 def test_an_engine_without_lora_starts_is_counted_and_refuses_adapters(make):
     base = LoRALM("seedling", engine={"dtype": "float32", "enable_lora": False}, max_tokens=12, cache=False)
     legal = base.copy(domain="legal")

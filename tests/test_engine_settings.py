@@ -65,6 +65,21 @@ def test_equal_settings_are_one_key_whatever_their_order():
     assert pickle.loads(pickle.dumps(one)) == one  # noqa: S301
 
 
+def test_settings_that_change_answers_are_told_from_those_of_speed():
+    """For DSPy's cache, which does not see the engine; with the defaults its keys are what they were."""
+    assert settings().answers is None
+    speed = {"max_loras": 4, "kv_cache_gib": 2.0, "gpu_memory_utilization": 0.5, "start_timeout_s": 30}
+    assert settings(**speed).answers is None
+    others = [{"reasoning_parser": "qwen3"}, {"tool_parser": "hermes"}, {"dtype": "float32"}, {"quantization": "fp8"}]
+    found = [settings(**other).answers for other in [*others, {"hf_overrides": {"rope_theta": 1.0}}]]
+    assert len(set(found)) == 5 and None not in found
+    assert settings(dtype="float32", **speed).answers == found[2]
+
+
+def test_patience_with_a_start_is_no_other_engine():
+    assert settings(start_timeout_s=30) == settings() and hash(settings(start_timeout_s=30)) == hash(settings())
+
+
 def test_the_host_reads_what_was_set():
     read = json.loads(settings(max_loras=2, kv_cache_gib=0.25).to_json())
     assert read["base"]["path"] == "/models/seedling"

@@ -1,6 +1,7 @@
 """``LoRALM(api_base=...)`` against vLLM's own OpenAI server on loopback, and against what is no such server."""
 
 import asyncio
+import contextlib
 import http.server
 import json
 import pickle
@@ -475,14 +476,93 @@ class Echo(http.server.BaseHTTPRequestHandler):
         pass
 
 
+class Server(http.server.ThreadingHTTPServer):
+    daemon_threads, request_queue_size = True, 64
+
+
 @pytest.fixture
-def echo():
-    """A server of a thread; yields its address."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Echo) as server:
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/v1"
-        server.shutdown()
+def serving():
+    """Starts servers of a thread by their handlers; gives their addresses."""
+    with contextlib.ExitStack() as stack:
+
+        def start(handler):
+            server = stack.enter_context(Server(("127.0.0.1", 0), handler))
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            stack.callback(server.shutdown)
+            return f"http://127.0.0.1:{server.server_port}/v1"
+
+        yield start
+
+
+@pytest.fixture
+def echo(serving):
+    """The address of a server that repeats what it is asked."""
+    return serving(Echo)
+
+
+class Counting(Echo):
+    """Counts its connections."""
+
+    opened = 0
+
+    def setup(self):
+        type(self).opened += 1
+        super().setup()
+
+
+class Crowded(Echo):
+    """Loads an adapter once it is told to, and answers once many ask."""
+
+    load, crowd = threading.Event(), threading.Barrier(40)
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if "lora_name" in asked:
+            self.load.wait(30)
+            self.answer("done")
+            return
+        if asked["messages"][0]["content"] == "All at once.":
+            self.crowd.wait(30)
+        choice = {"message": {"role": "assistant", "content": "yes"}}
+        self.answer({"id": "1", "model": "m", "choices": [choice] * asked.get("n", 1)})
+
+
+def test_samples_go_over_connections_that_are_kept(serving):
+    lm = stranger(serving(Counting))
+    for _ in range(5):
+        lm("Hello.", n=2, temperature=1.0)
+    assert Counting.opened == 1
+
+
+async def test_async_samples_do_not_queue_for_the_event_loop_s_few_threads(serving):
+    lm = stranger(serving(Crowded))
+    answers = await asyncio.gather(*(lm.acall("All at once.", n=2, temperature=1.0) for _ in range(40)))
+    assert answers == [["yes", "yes"]] * 40
+
+
+async def test_an_adapter_that_is_slow_to_load_holds_nobody_else_up(serving):
+    base = stranger(serving(Crowded))
+    legal, other = base.copy(domain="legal"), base.copy(domain="financial")
+    base("Hello.")
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            slow = pool.submit(legal, "Hello.")
+            tasks = [asyncio.create_task(other.acall("Hello.")) for _ in range(40)]
+            await asyncio.sleep(0.3)
+            assert await asyncio.wait_for(asyncio.to_thread(base, "Hello."), 10) == ["yes"]
+            assert await asyncio.wait_for(base.acall("Hello."), 10) == ["yes"]
+            assert not slow.done() and not any(task.done() for task in tasks)
+        finally:
+            Crowded.load.set()
+        assert slow.result(30) == ["yes"]
+        assert await asyncio.gather(*tasks) == [["yes"]] * 40
+
+
+def test_a_model_string_that_no_lm_has_spoken_for_is_not_answered_by_the_base(echo):
+    lm = stranger(echo)
+    lm.model = lm.model_string("legal@0123456789ab")
+    with pytest.raises(LMConfigurationError, match="no LoRALM of this process has said what answers as"):
+        lm("Hello.")
 
 
 def test_an_event_loop_that_has_ended_leaves_no_connection(echo):
@@ -531,19 +611,41 @@ if child:
     )
 
 
-@pytest.mark.parametrize("lock", ["_lock", "_opening"])
+@pytest.mark.parametrize("lock", ["engine._lock_of(lm.model)", "engine._opening"])
 def test_a_fork_waits_for_no_thread_of_its_parent(echo, lock):
     run_fork(
         echo,
         f"""
-lm._engine_spec.{lock}.acquire()  # as a thread does, which the child does not have
+engine = lm._engine_spec
+engine._served.clear()
+lock = {lock}
+lock.acquire()  # as a thread does, which the child does not have
 child = os.fork()
 if child:
-    lm._engine_spec.{lock}.release()
+    lock.release()
     end(child)
 else:
     signal.alarm(20)
 assert lm("Second.") == ["Second."]
+""",
+    )
+
+
+def test_a_fork_has_connections_and_threads_of_its_own_for_samples(echo):
+    run_fork(
+        echo,
+        """
+ask = dict(n=2, temperature=1.0)
+assert lm("First.", **ask) == asyncio.run(lm.acall("First.", **ask)) == ["First."] * 2
+child = os.fork()
+if not child:
+    signal.alarm(20)
+name = "parent" if child else "child"
+for number in range(5):
+    question = f"{name} {number}"
+    assert lm(question, **ask) == asyncio.run(lm.acall(question, **ask)) == [question] * 2
+if child:
+    end(child)
 """,
     )
 

@@ -17,6 +17,7 @@ import pytest
 
 from dspy_lora import AdapterRegistry, LoRALM, serve_command
 from dspy_lora.adapters.base import SEEDLING_FOLDER, resolve_base
+from dspy_lora.child import child_environment
 from dspy_lora.config import load_config
 from dspy_lora.engine import openai_server, server_words
 from dspy_lora.engine.openai_server import OpenAIServer, free_port, running
@@ -282,7 +283,7 @@ def test_the_process_becomes_the_server_and_says_how_to_connect(started, capsys)
     args = parse("--base-model", "seedling", "--domain", "legal", "--port", port)
     serve_command.run(args)
     server = serve_command.plan(args, load_config())
-    assert started == [[sys.executable, server.command, dict(os.environ)]]
+    assert started == [[sys.executable, server.command, child_environment()]]
     assert server.command[1:4] == ["-P", "-m", "dspy_lora.engine.openai_server"]
     out, err = capsys.readouterr()
     assert f'LoRALM("seedling", domain="legal", api_base="http://127.0.0.1:{port}/v1")' in out
@@ -318,6 +319,13 @@ def test_the_line_that_connects(words, known, line, monkeypatch):
     assert serve_command.connection(args, serve_command.plan(args, load_config()), *known) == line
 
 
+def test_the_line_that_connects_says_which_reasoning_parser_the_server_has(monkeypatch):
+    monkeypatch.setenv("DSPY_LORA_SERVING__REASONING_PARSER", "qwen3")
+    args = parse("--base-model", "seedling", "--domain", "legal")
+    line = serve_command.connection(args, serve_command.plan(args, load_config()), has_key=True)
+    assert line.endswith('v1", api_key=..., engine={"reasoning_parser": "qwen3"})')
+
+
 @pytest.mark.parametrize("where", ["words", "file", "environment"])
 def test_a_key_is_seen_wherever_it_is_said(where, tmp_path, started, capsys, monkeypatch):
     file = tmp_path / "vllm.yaml"
@@ -326,7 +334,7 @@ def test_a_key_is_seen_wherever_it_is_said(where, tmp_path, started, capsys, mon
     monkeypatch.setattr(serve_command, "require_free", lambda host, port: None)
     if where == "environment":
         monkeypatch.setenv("VLLM_API_KEY", "k")
-    environment = dict(os.environ)
+    environment = child_environment()
     with mock.patch.dict(os.environ):
         serve_command.run(parse("--base-model", "seedling", "--host", "0.0.0.0", *words))
     out, err = capsys.readouterr()
@@ -368,6 +376,20 @@ def test_a_server_that_does_not_start_shows_its_log(words, end):
     with pytest.raises(EngineStartError, match=f"(?s)did not start.*{end}") as caught, running(wrong):
         pass
     assert "Traceback" not in str(caught.value)
+
+
+def test_a_server_finds_a_package_that_was_not_installed(monkeypatch):
+    environments = []
+
+    def no_process(command, env=None, **kwargs):
+        environments.append(env)
+        raise OSError("not today")
+
+    monkeypatch.setattr(openai_server.subprocess, "Popen", no_process)
+    settings = engine_settings(resolve_base("seedling"), load_config())
+    with pytest.raises(OSError, match="not today"), running(OpenAIServer(settings, (), "127.0.0.1", 1)):
+        pass
+    assert environments == [child_environment()]
 
 
 @pytest.mark.slow

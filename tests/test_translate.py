@@ -64,6 +64,17 @@ def test_a_response_format_is_a_constraint(response_format, constraint):
     assert generate.sampling.get("structured_outputs") == constraint
 
 
+def test_what_marks_a_call_for_the_cache_is_no_setting():
+    for extensions in ({"metadata": {translate.ANSWERS: "x"}}, {translate.ANSWERS: "x"}):
+        assert translate.to_generate(request(extensions=extensions)).sampling == {}
+
+
+def test_an_answer_that_comes_at_once_is_a_whole_stream():
+    [response] = translate.to_responses(Done(1, [Candidate("yes", "stop", 1)], 1, 0), MODEL)
+    start, delta, end = translate.at_once(response)
+    assert (start.model, delta.delta.text, end.finish_reason) == (MODEL, "yes", "stop")
+
+
 def test_an_unknown_setting_is_refused_with_the_near_names():
     with pytest.raises(lm15.InvalidRequestError, match=r"'min_pp' is no sampling setting.*Did you mean 'min_p'"):
         translate.to_generate(request(extensions={"metadata": {"min_pp": 1}}))

@@ -86,6 +86,18 @@ async def test_a_turn_says_whether_the_adapter_has_just_come_in():
         assert again
 
 
+async def test_an_adapter_is_idle_when_its_last_request_is_done():
+    adapters = Adapters(2)
+    requests = [await adapters.ask("a") for _ in range(2)]
+    await asyncio.wait_for(adapters.turns.idle("b"), 1)
+    waits = asyncio.create_task(adapters.turns.idle("a"))
+    await end(adapters, requests[0])
+    await asyncio.sleep(0.05)
+    assert not waits.done()
+    await end(adapters, requests[1])
+    await asyncio.wait_for(waits, 5)
+
+
 async def test_an_adapter_gets_the_first_slot_that_is_free():
     adapters = Adapters(2, patience_s=60)
     a, b, c, d = [await adapters.ask(name) for name in "abcd"]

@@ -99,7 +99,7 @@ class Bench:
 
     @property
     def device(self) -> str:
-        """vLLM's word for what the engine runs on: ``"cpu"``, ``"cuda"``. Starts it if need be."""
+        """vLLM's word for what the engine runs on: ``"cpu"``, ``"cuda"``; of a running one."""
         return str(self.first.engine_stats()["device"])
 
     def preload(self) -> None:

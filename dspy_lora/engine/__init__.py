@@ -6,7 +6,7 @@ host.py       the child process that owns vLLM's ``AsyncLLM``, the tokenizer, th
 residents.py  how adapters come into vLLM and out · lora_loading.py  its workers read them beside the requests
 arguments.py  what vLLM is started with · grammar.py  JSON schemas with bounded whitespace · statistics.py  counts
 translate.py  ``dspy.lm15`` requests and responses to and from messages
-remote.py     servers that speak the OpenAI API instead of a child process · routes.py  models chosen by request
+remote.py     servers that speak the OpenAI API instead of a child process · routes.py  what model strings stand for
 settings.py   what an engine is started with · openai_server.py  vLLM's own server, started with the same settings
 server_words.py  what a user's words for that server say
 failures.py   what to tell a user whose engine did not come up, or died

@@ -153,7 +153,7 @@ class EngineClient:
                 self._host.send(Abort(pending.request.id))
 
     def command(self, name: str, adapter: Adapter | None = None) -> dict[str, Any]:
-        """Runs ``load``, ``unload``, ``stats``, ``sleep`` or ``wake`` and returns its figures.
+        """Runs ``load``, ``unload`` or ``stats`` and returns its figures.
 
         Raises:
             AdapterError: The adapter cannot be loaded.
@@ -257,22 +257,23 @@ class EngineClient:
 
     def _host_ended(self, host: "HostProcess", error: EngineError | None) -> None:
         """Starts a host that died under open calls again; calls under which it died twice get the error."""
-        cut: list[Pending] = []
+        cut, died = list[Pending](), isinstance(error, EngineDiedError)
         with self._lock:
             if self._host is not host:
                 return  # closed on purpose
             self._host = None
-            if isinstance(error, EngineDiedError):
+            if died:
                 cut = self._take_pending(lambda pending: pending.begun)
                 lost = self._take_pending(lambda pending: pending.sends >= _SENDS)
-                logger.warning("The engine process died; %s.", self._next_start())
+                logger.warning("The engine process died; %s. %s", self._next_start(), error)
             else:
                 lost = self._take_pending()
             if self._pending:
                 self.restarts += 1
                 self._start_host()
-        _fail(cut, EngineDiedError("the engine died while this answer was streaming; call again"))
-        _fail(lost, error)
+        _fail(cut, EngineDiedError(f"the engine died while this answer was streaming; call again. {error}"))
+        twice = EngineDiedError(f"the engine died twice under this call; the next one starts it again. {error}")
+        _fail(lost, twice if died else error)
 
     def _next_start(self) -> str:
         calls = len(self._pending)
@@ -345,7 +346,7 @@ def _require_vllm() -> None:
 
 
 _clients: dict[EngineSettings, EngineClient] = {}
-_clients_lock = threading.Lock()
+_clients_lock = threading.RLock()  # an abandoned call is aborted wherever Python collects it, maybe under this lock
 _interrupted = threading.Event()  # by Ctrl-C, and the program is ending
 _inherited: list[EngineClient] = []  # a parent's engines, kept in its fork so that nothing of them is finalised there
 
@@ -355,6 +356,7 @@ def engine_client(settings: EngineSettings) -> EngineClient:
     with _clients_lock:
         if settings not in _clients:
             _clients[settings] = EngineClient(settings)
+        _clients[settings].settings = settings  # equal ones, with another patience, maybe, for the next start
         return _clients[settings]
 
 
@@ -373,7 +375,7 @@ def close_engines() -> None:
 def _forget_engines_in_fork() -> None:
     """A forked child has no reader threads and must not touch its parent's sockets: it starts its own engine."""
     global _clients_lock
-    _clients_lock = threading.Lock()
+    _clients_lock = threading.RLock()
     _inherited.extend(_clients.values())
     _clients.clear()
 

@@ -17,6 +17,7 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.platforms import current_platform
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from dspy_lora.engine.heap import keep_trimmed
 from dspy_lora.engine.lora_loading import LoadsAside
 
 if TYPE_CHECKING:
@@ -205,10 +206,11 @@ class GroupedPunica(PunicaWrapperCPU):
 
 
 class GroupedCPUWorker(LoadsAside, CPUWorker):
-    """vLLM's CPU worker with ``GroupedPunica`` in the place of its own LoRA path, and adapters loaded aside."""
+    """vLLM's CPU worker with ``GroupedPunica`` in the place of its own LoRA path, loading aside, its heap trimmed."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Loads the model; its LoRA layers are made here and ask the platform for their implementation."""
         path = f"{GroupedPunica.__module__}.{GroupedPunica.__qualname__}"
         current_platform.get_punica_wrapper = lambda: path
         super().load_model(*args, **kwargs)
+        keep_trimmed()

@@ -33,8 +33,12 @@ def root_cause(cause: str, log: str) -> str:
 
 
 def advice(cause: str, log: str) -> str:
-    """What to do about the failures that users meet most."""
-    text = f"{cause}\n{log}".lower()
+    """What to do about the failures that users meet most; of the log, what was raised counts alone.
+
+    The log of an engine in good health speaks of its memory and its KV cache too.
+    """
+    raised = [match["error"] for match in _RAISED.finditer(log)]
+    text = "\n".join([cause, *raised]).lower()
     if "kv cache" in text and ("memory" in text or "larger than" in text or "not enough" in text):
         return (
             ". Give the KV cache more room (engine={'kv_cache_gib': ...} on a CPU, 'gpu_memory_utilization' on a GPU) "

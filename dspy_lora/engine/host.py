@@ -104,6 +104,7 @@ class Host:
 
     async def answer(self, id: int, work: Any) -> None:
         """Awaits ``work`` and turns what it raises into a ``Failed`` reply."""
+        from jinja2 import TemplateError
         from vllm import exceptions
         from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -116,10 +117,10 @@ class Host:
             await self.send(Failed(id, "context", str(exc)))
         except AdapterError as exc:
             await self.send(Failed(id, "adapter", str(exc)))
-        except (refused, ValueError, TypeError) as exc:
-            await self.send(Failed(id, "invalid", str(exc)))
+        except (refused, ValueError, TypeError, TemplateError) as exc:  # a model's chat template refuses roles, say
+            await self.send(Failed(id, "invalid", str(exc) or _words(exc)))
         except Exception as exc:  # noqa: BLE001 - whatever vLLM raises is this caller's answer
-            await self.send(Failed(id, "server", f"{type(exc).__name__}: {exc}"))
+            await self.send(Failed(id, "server", _words(exc)))
 
     async def send(self, reply: Reply) -> None:
         """Sends one reply to the client."""
@@ -207,26 +208,29 @@ class Host:
         os._exit(ENGINE_DIED)
 
     async def command(self, command: Command) -> None:
-        """Answers ``ahead``, ``load``, ``unload``, ``stats``, ``sleep`` and ``wake``."""
+        """Answers ``ahead``, ``load``, ``unload`` and ``stats``."""
         value: dict[str, Any] = {}
         if command.name == "ahead" and command.adapter:
             await self.residents.ahead(command.adapter)
         elif command.name == "load" and command.adapter:
             await self.residents.load(command.adapter)
         elif command.name == "unload" and command.adapter:
+            await self.turns.idle(command.adapter.name)  # else the next step reads it again, and dies where it is gone
             value["unloaded"] = await self.residents.unload(command.adapter)
         elif command.name == "stats":
             adapters = await self.residents.figures()
             value = self.stats.snapshot() | adapters
-        elif command.name == "sleep":
-            await self.engine.sleep()
-        elif command.name == "wake":
-            await self.engine.wake_up()
         await self.send(Result(command.id, value))
 
 
 class ContextTooLong(ValueError):
     """A prompt that does not fit the model's context."""
+
+
+def _words(error: BaseException) -> str:
+    """An error's type and message; its cause's where it has none, as vLLM's ``EngineGenerateError`` has."""
+    cause = error.__cause__
+    return f"{type(error).__name__}: {error if str(error) or cause is None else _words(cause)}"
 
 
 def _tokens(request: Generate, output: "CompletionOutput") -> list[Token] | None:

@@ -36,7 +36,7 @@ class HostProcess:
         self.failure: str | None = None
         self.ended = threading.Event()
         self._deadline = time.monotonic() + settings.start_timeout_s
-        self._send_lock = threading.Lock()
+        self._send_lock = threading.RLock()  # as client.py's
         self._decoder = msgspec.msgpack.Decoder(Reply)
         self._undo = contextlib.ExitStack()
 
@@ -124,8 +124,8 @@ class HostProcess:
             return EngineStartError(self.start_report(f"the engine process {ending(status)}"))
         log = self._log_text()
         return EngineDiedError(
-            f"The vLLM engine for {self.settings.base.name!r} died twice under this call (the process {ending(status)})"
-            f"{advice('', log)} The next call starts a new one.\nLast lines of its log:\n{last_lines(log)}"
+            f"The vLLM engine for {self.settings.base.name!r} {ending(status)}{advice('', log)}\n"
+            f"Last lines of its log:\n{last_lines(log)}"
         )
 
     def _log_text(self) -> str:

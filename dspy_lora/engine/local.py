@@ -10,13 +10,17 @@ from dspy import lm15
 from dspy_lora.engine import translate
 from dspy_lora.engine.client import EngineClient, Pending, engine_client
 from dspy_lora.engine.protocol import Adapter, Delta, Done, Failed
-from dspy_lora.engine.routes import Routes, choose_model
+from dspy_lora.engine.routes import Routes, adapter_of, choose_model
 from dspy_lora.engine.samples import Samples
 from dspy_lora.engine.settings import EngineSettings
 from dspy_lora.errors import EngineError
 
 if TYPE_CHECKING:
     from dspy_lora.adapters.registry import AdapterRegistry
+
+
+# The figures of an engine that has no process.
+_NOT_RUNNING: dict[str, Any] = {"pid": None, "running": 0, "waiting": 0, "adapters": [], "adapters_in_memory": 0}
 
 
 class _Engine:
@@ -32,7 +36,7 @@ class _Engine:
 
     def __init__(self, settings: EngineSettings) -> None:
         self.settings = settings
-        self.adapters: dict[str, Adapter] = {}
+        self.adapters: dict[str, Adapter | None] = {}
         self.routes: Routes = {}
         self.supports_function_calling = settings.tool_parser is not None
         self.supports_reasoning = settings.reasoning_parser is not None
@@ -46,9 +50,8 @@ class _Engine:
         return engine_client(self.settings)
 
     def serve(self, model: str, adapter: Adapter | None) -> None:
-        """Says which adapter a model string stands for."""
-        if adapter is not None:
-            self.adapters[model] = adapter
+        """Says which adapter a model string stands for; None for the base model alone."""
+        self.adapters[model] = adapter
 
     def know(self, registry: "AdapterRegistry") -> None:
         """Has an engine that starts bring a registry's adapters into its CPU memory, ahead of their use."""
@@ -65,8 +68,10 @@ class _Engine:
             self.client.command("unload", adapter)
 
     def stats(self) -> dict[str, Any]:
-        """The engine's figures and what it is."""
-        return self.client.command("stats") | {"restarts": self.client.restarts} | self.client.info
+        """The engine's figures and what it is; where none runs, none is started."""
+        client = self.client
+        figures = client.command("stats") if client.running else _NOT_RUNNING
+        return figures | {"restarts": client.restarts} | client.info
 
     def shutdown(self) -> None:
         """Ends the engine process; the next request starts a new one."""
@@ -74,7 +79,7 @@ class _Engine:
 
     def _submit(self, request: lm15.Request, samples: int, on_delta: Any = None) -> Pending:
         message = translate.to_generate(request, n=samples, stream=on_delta is not None)
-        message.adapter = self.adapters.get(request.model)
+        message.adapter = adapter_of(self.adapters, request.model)
         return self.client.submit(message, on_delta)
 
 
@@ -92,12 +97,12 @@ class LocalEngine(_Engine):
 
     def stream(self, request: lm15.Request) -> Iterator[Any]:
         """Stream events, token by token. Several samples of one call are drawn first and shown one by one."""
-        request, group = choose_model(self.routes, request), Samples.current()
+        request = choose_model(self.routes, request)
+        if Samples.current().wanted > 1:
+            yield from translate.at_once(self.complete(request))
+            return
         yield lm15.StreamStartEvent(model=request.model)
         shown = translate.Shown()
-        if group.wanted > 1:
-            yield from shown.rest(self.complete(request))
-            return
         deltas: queue.SimpleQueue[Delta | None] = queue.SimpleQueue()
         pending = self._submit(request, 1, deltas.put)
         try:
@@ -133,13 +138,13 @@ class AsyncLocalEngine(_Engine):
 
     async def stream(self, request: lm15.Request) -> AsyncIterator[Any]:
         """Stream events, token by token."""
-        request, group = choose_model(self.routes, request), Samples.current()
-        yield lm15.StreamStartEvent(model=request.model)
-        shown = translate.Shown()
-        if group.wanted > 1:
-            for event in shown.rest(await self.complete(request)):
+        request = choose_model(self.routes, request)
+        if Samples.current().wanted > 1:
+            for event in translate.at_once(await self.complete(request)):
                 yield event
             return
+        yield lm15.StreamStartEvent(model=request.model)
+        shown = translate.Shown()
         loop = asyncio.get_running_loop()
         deltas: asyncio.Queue[Delta | None] = asyncio.Queue()
         pending = self._submit(request, 1, lambda delta: loop.call_soon_threadsafe(deltas.put_nowait, delta))
@@ -158,9 +163,8 @@ class AsyncLocalEngine(_Engine):
             return _responses(await asyncio.wrap_future(pending.future), model)
         except EngineError as exc:
             raise translate.engine_error(exc) from exc
-        except asyncio.CancelledError:
+        finally:  # also where the coroutine is closed, or thrown away
             self.client.abort(pending)
-            raise
 
     async def aclose(self) -> None:
         """Nothing: the engine belongs to the process, and other LMs use it."""
@@ -176,7 +180,10 @@ _engines: dict[EngineSettings, tuple[LocalEngine, AsyncLocalEngine]] = {}
 
 
 def _pair(settings: EngineSettings) -> tuple[LocalEngine, AsyncLocalEngine]:
-    return _engines.setdefault(settings, (LocalEngine(settings), AsyncLocalEngine(settings)))
+    pair = _engines.setdefault(settings, (LocalEngine(settings), AsyncLocalEngine(settings)))
+    for engine in pair:
+        engine.settings = settings  # equal ones, with another patience, maybe, for the next start
+    return pair
 
 
 def local_engine(settings: EngineSettings) -> LocalEngine:

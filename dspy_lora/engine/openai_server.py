@@ -27,6 +27,7 @@ import httpx
 
 from dspy_lora.adapters.peft_config import read_peft_config
 from dspy_lora.adapters.registry import Revision
+from dspy_lora.child import child_environment
 from dspy_lora.engine import server_words
 from dspy_lora.engine.arguments import engine_args
 from dspy_lora.engine.processes import kill_group, kill_own_group
@@ -153,6 +154,7 @@ def running(server: OpenAIServer) -> Iterator[str]:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
+                env=child_environment(),
             )
         deadline = time.monotonic() + server.settings.start_timeout_s
         try:

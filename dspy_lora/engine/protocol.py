@@ -50,9 +50,10 @@ class Abort(msgspec.Struct, tag=True):
 
 
 class Command(msgspec.Struct, tag=True, omit_defaults=True):
-    """Something other than a prompt: ``ahead``, ``load``, ``unload`` (an adapter), ``stats``, ``sleep``, ``wake``.
+    """Something other than a prompt: ``ahead``, ``load``, ``unload`` (an adapter), ``stats``.
 
-    ``load`` brings an adapter into a slot, ``ahead`` into the engine's CPU memory.
+    ``load`` brings an adapter into a slot, ``ahead`` into the engine's CPU memory; ``unload`` waits until no request of
+    the adapter runs.
     """
 
     id: int

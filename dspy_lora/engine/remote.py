@@ -14,8 +14,9 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import httpx
 from dspy import lm15
@@ -24,11 +25,14 @@ from dspy_lora.adapters.base import Base
 from dspy_lora.config import API_KEY_VARIABLE
 from dspy_lora.engine import translate
 from dspy_lora.engine.protocol import Adapter
-from dspy_lora.engine.routes import Routes, choose_model
+from dspy_lora.engine.routes import Routes, adapter_of, choose_model
 from dspy_lora.engine.samples import Samples
 
 _TIMEOUT_S = 600.0  # as of DSPy's own client
 _CONNECTIONS = 1024  # at most; DSPy's threads wait for one where there are fewer than threads
+_KEPT_S = 2.0  # an idle connection; vLLM's server closes it after 5 s, maybe as it is used again
+
+T = TypeVar("T")
 
 
 class _Remote:
@@ -36,7 +40,6 @@ class _Remote:
 
     supports_response_schema = True
     supports_function_calling = True
-    supports_reasoning = True
     supported_params = frozenset(
         {
             "temperature", "max_tokens", "top_p", "top_k", "stop", "seed", "logprobs", "top_logprobs",
@@ -44,11 +47,12 @@ class _Remote:
         }
     )  # fmt: skip
 
-    def __init__(self, api_base: str, api_key: str | None, base: Base) -> None:
+    def __init__(self, api_base: str, api_key: str | None, base: Base, thinks: bool = False) -> None:
         self.api_base = api_base.rstrip("/")
         self.api_key = api_key
         self.base = base
-        self.adapters: dict[str, Adapter] = {}
+        self.supports_reasoning = thinks
+        self.adapters: dict[str, Adapter | None] = {}
         self.routes: Routes = {}
         self._served: dict[str, str] = {}
         self._start_over()
@@ -60,15 +64,16 @@ class _Remote:
         The child shares its parent's sockets, where each would read the other's answers, and has none of the threads
         that hold its locks.
         """
-        self._lock = threading.Lock()
+        self._opening = threading.Lock()
+        self._client: httpx.Client | None = None
+        self._locks: dict[str, threading.Lock] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Remote":
         return self
 
     def serve(self, model: str, adapter: Adapter | None) -> None:
-        """Says which adapter a model string stands for."""
-        if adapter is not None:
-            self.adapters[model] = adapter
+        """Says which adapter a model string stands for; None for the base model alone."""
+        self.adapters[model] = adapter
 
     def preload(self, model: str) -> None:
         """Loads the adapter of a model string on the server."""
@@ -77,7 +82,7 @@ class _Remote:
     def unload(self, model: str) -> None:
         """Makes the server forget the adapter of a model string."""
         if adapter := self.adapters.get(model):
-            with self._lock:
+            with self._lock_of(model):
                 self._served.pop(model, None)
                 if _lists(self._models(), adapter.name):
                     self._http("POST", "/unload_lora_adapter", {"lora_name": adapter.name})
@@ -145,15 +150,20 @@ class _Remote:
     # -- the server's models ---------------------------------------------------------------------------------------
 
     def _name(self, model: str) -> str:
-        """The server's name for a model string; loads the adapter at its first use."""
-        with self._lock:
+        """The server's name for a model string; loads the adapter at its first use, which holds no other one up."""
+        if (name := self._served.get(model)) is not None:
+            return name
+        with self._lock_of(model):
             if model not in self._served:
                 self._served[model] = self._load(model)
             return self._served[model]
 
+    def _lock_of(self, model: str) -> threading.Lock:
+        return self._locks.setdefault(model, threading.Lock())
+
     def _load(self, model: str) -> str:
-        cards = self._models()
-        base, adapter = self._base_name(cards), self.adapters.get(model)
+        adapter, cards = adapter_of(self.adapters, model), self._models()
+        base = self._base_name(cards)
         if adapter is None:
             return base
         if not _lists(cards, adapter.name):
@@ -197,9 +207,17 @@ class _Remote:
         except ValueError:
             return reply.text
 
+    @property
+    def _http_client(self) -> httpx.Client:
+        with self._opening:  # of two, ``close`` would not find one
+            if self._client is None:
+                limits = httpx.Limits(max_connections=_CONNECTIONS, keepalive_expiry=_KEPT_S)
+                self._client = httpx.Client(timeout=_TIMEOUT_S, limits=limits)
+            return self._client
+
     def _send(self, method: str, url: str, **content: Any) -> httpx.Response:
         try:
-            return httpx.request(method, url, timeout=_TIMEOUT_S, **content)
+            return self._http_client.request(method, url, **content)
         except (httpx.UnsupportedProtocol, httpx.InvalidURL) as exc:
             raise lm15.ConfigurationError(f"api_base={self.api_base!r} is no address of a server: {exc}") from exc
         except httpx.HTTPError as exc:
@@ -244,11 +262,10 @@ class RemoteEngine(_Remote):
     """The sync engine."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return remote_engine, (self.api_base, None, self.base)  # the key stays here
+        return remote_engine, (self.api_base, None, self.base, self.supports_reasoning)  # the key stays here
 
     def _start_over(self) -> None:
         super()._start_over()
-        self._opening = threading.Lock()
         self._opened: lm15.LMRouter | None = None
 
     @property
@@ -277,8 +294,7 @@ class RemoteEngine(_Remote):
         """Stream events, token by token. Several samples of one call are drawn first and shown one by one."""
         request = choose_model(self.routes, request)
         if Samples.current().wanted > 1:
-            yield lm15.StreamStartEvent(model=request.model)
-            yield from translate.Shown().rest(self.complete(request))
+            yield from translate.at_once(self.complete(request))
             return
         routed = self._route(request)
         with self._errors(request.model):
@@ -287,9 +303,11 @@ class RemoteEngine(_Remote):
     def close(self) -> None:
         """Closes the connections; the next call opens new ones."""
         with self._opening:
-            router, self._opened = self._opened, None
-        if router is not None:
-            router.close()
+            opened = self._opened, self._client
+            self._opened = self._client = None
+        for each in opened:
+            if each is not None:
+                each.close()
 
 
 class AsyncRemoteEngine(_Remote):
@@ -297,10 +315,11 @@ class AsyncRemoteEngine(_Remote):
 
     def _start_over(self) -> None:
         super()._start_over()
+        self._threads = ThreadPoolExecutor(_CONNECTIONS, "dspy-lora-http")
         self._routers: weakref.WeakKeyDictionary[Any, lm15.AsyncLMRouter] = weakref.WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return async_remote_engine, (self.api_base, None, self.base)  # the key stays here
+        return async_remote_engine, (self.api_base, None, self.base, self.supports_reasoning)  # the key stays here
 
     @property
     def _router(self) -> lm15.AsyncLMRouter:
@@ -323,10 +342,10 @@ class AsyncRemoteEngine(_Remote):
         group = Samples.current()
         if (ready := group.take()) is not None:
             return ready
-        routed = await asyncio.to_thread(self._route, request, group.ask(request))
+        routed = await self._aside(self._route, request, group.ask(request))
         with self._errors(request.model):
             if group.ask(request) > 1:
-                responses = await asyncio.to_thread(self._many, routed)
+                responses = await self._aside(self._many, routed)
             else:
                 responses = [await self._router.lm(f"vllm:{routed.model}").complete(routed)]
         return group.keep([_named(response, request.model) for response in responses])
@@ -335,14 +354,17 @@ class AsyncRemoteEngine(_Remote):
         """Stream events, token by token."""
         request = choose_model(self.routes, request)
         if Samples.current().wanted > 1:
-            yield lm15.StreamStartEvent(model=request.model)
-            for event in translate.Shown().rest(await self.complete(request)):
+            for event in translate.at_once(await self.complete(request)):
                 yield event
             return
-        routed = await asyncio.to_thread(self._route, request)
+        routed = await self._aside(self._route, request)
         with self._errors(request.model):
             async for event in self._router.lm(f"vllm:{routed.model}").stream(routed):
                 yield event
+
+    async def _aside(self, blocks: Callable[..., T], *args: Any) -> T:
+        """Runs what blocks in a thread of this engine: the event loop's own are few, and DSPy's calls wait for them."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, blocks, *args)
 
     async def aclose(self) -> None:
         """Closes this event loop's connections."""
@@ -384,12 +406,19 @@ os.register_at_fork(after_in_child=_start_over_in_fork)
 
 
 @functools.cache
-def remote_engine(api_base: str, api_key: str | None, base: Base) -> RemoteEngine:
-    """The one sync engine object of this process for a server."""
-    return RemoteEngine(api_base, api_key, base)
+def remote_engine(api_base: str, api_key: str | None, base: Base, thinks: bool = False) -> RemoteEngine:
+    """The one sync engine object of this process for a server.
+
+    Args:
+        api_base: Its address.
+        api_key: The key for it; None takes the environment's.
+        base: The base model.
+        thinks: Whether it tells reasoning from the answer.
+    """
+    return RemoteEngine(api_base, api_key, base, thinks)
 
 
 @functools.cache
-def async_remote_engine(api_base: str, api_key: str | None, base: Base) -> AsyncRemoteEngine:
-    """The one async engine object of this process for a server."""
-    return AsyncRemoteEngine(api_base, api_key, base)
+def async_remote_engine(api_base: str, api_key: str | None, base: Base, thinks: bool = False) -> AsyncRemoteEngine:
+    """The one async engine object of this process for a server, with the arguments of ``remote_engine``."""
+    return AsyncRemoteEngine(api_base, api_key, base, thinks)

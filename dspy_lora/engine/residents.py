@@ -58,9 +58,10 @@ class Residents:
     async def swap_in(self, lora: "LoRARequest") -> None:
         """Puts an adapter that may have lost its slot into one, between two steps of the others instead of inside one.
 
-        Where every adapter that was loaded has a slot, there is nothing to do.
+        Where every adapter that was loaded has a slot, and this one was not unloaded while its request waited, there is
+        nothing to do.
         """
-        if len(self._loras) > self._max_loras:
+        if len(self._loras) > self._max_loras or lora.lora_name not in self._loras:
             await self._add(lora)
 
     async def load(self, adapter: Adapter) -> None:
@@ -73,11 +74,13 @@ class Residents:
             await self._bring(await self._request(adapter))
 
     async def unload(self, adapter: Adapter) -> bool:
-        """Takes an adapter out of the engine; says whether it was loaded."""
-        lora = self._loras.pop(adapter.name, None)
-        if lora:
-            await self._engine.remove_lora(lora.lora_int_id)
-        return lora is not None
+        """Takes an adapter, used or brought in ahead, out of the engine; says whether it was there.
+
+        To be called while no request of it runs.
+        """
+        self._loras.pop(adapter.name, None)
+        id = self._ids.get(adapter.name)
+        return id is not None and await self._engine.remove_lora(id)
 
     async def figures(self) -> dict[str, Any]:
         """What ``engine_stats()`` shows of adapters: the used ones that are still there, and how many there are."""
@@ -91,7 +94,6 @@ class Residents:
     async def _first_load(self, adapter: Adapter) -> "LoRARequest":
         lora = await self._request(adapter)
         await self._add(lora)
-        self._loras[adapter.name] = lora
         return lora
 
     async def _add(self, lora: "LoRARequest") -> None:
@@ -105,6 +107,7 @@ class Residents:
             raise
         except Exception as exc:
             raise AdapterError(f"vLLM cannot load adapter {lora.lora_name!r} from {lora.lora_path!r}: {exc}") from exc
+        self._loras[lora.lora_name] = lora
 
     async def _bring(self, lora: "LoRARequest") -> None:
         """Waits until an adapter is in the workers' CPU memory; the running requests do not."""

@@ -1,6 +1,7 @@
 """What an engine is started with. Two LMs with equal settings share one engine process."""
 
 import dataclasses
+import hashlib
 import json
 from typing import Any
 
@@ -10,6 +11,16 @@ from dspy_lora.errors import ConfigError, near
 
 # Settings that are ours, not arguments of vLLM's AsyncEngineArgs.
 _OURS = ("kv_cache_gib", "tool_parser", "reasoning_parser", "start_timeout_s")
+# Arguments of vLLM that decide how fast and where it answers, not what.
+_OF_SPEED = frozenset(
+    {
+        "max_loras", "max_lora_rank", "max_cpu_loras", "enable_lora", "max_num_seqs", "max_num_batched_tokens",
+        "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "gpu_memory_utilization",
+        "kv_cache_memory_bytes", "block_size", "swap_space", "enforce_eager", "enable_prefix_caching",
+        "enable_chunked_prefill", "cudagraph_capture_sizes", "max_cudagraph_capture_size", "compilation_config",
+        "performance_mode", "trust_remote_code", "disable_log_stats", "download_dir",
+    }
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +32,7 @@ class EngineSettings:
         kv_cache_gib: Size of the KV cache in GiB on a CPU (on a GPU ``gpu_memory_utilization`` decides).
         tool_parser: Name of a vLLM tool parser, None for no function calling.
         reasoning_parser: Name of a vLLM reasoning parser, None for models that do not think.
-        start_timeout_s: Seconds after which a start-up counts as hung.
+        start_timeout_s: Seconds after which a start-up counts as hung; no other engine for that.
         args: JSON object of arguments for ``vllm.AsyncEngineArgs``.
     """
 
@@ -29,7 +40,7 @@ class EngineSettings:
     kv_cache_gib: float
     tool_parser: str | None
     reasoning_parser: str | None
-    start_timeout_s: float
+    start_timeout_s: float = dataclasses.field(compare=False)
     args: str
 
     def to_json(self) -> str:
@@ -40,6 +51,13 @@ class EngineSettings:
     def engine_args(self) -> dict[str, Any]:
         """Arguments for ``vllm.AsyncEngineArgs``."""
         return dict(json.loads(self.args))
+
+    @property
+    def answers(self) -> str | None:
+        """Twelve hex digits over the settings that answers depend on, for a cache; None where none was given."""
+        given = self.engine_args | {"tool_parser": self.tool_parser, "reasoning_parser": self.reasoning_parser}
+        said = {key: value for key, value in given.items() if value is not None and key not in _OF_SPEED}
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12] if said else None
 
 
 def engine_settings(base: Base, config: Config, overrides: dict[str, Any] | None = None) -> EngineSettings:

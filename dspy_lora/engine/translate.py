@@ -20,6 +20,8 @@ VLLM_SAMPLING = frozenset(
 )  # fmt: skip
 VLLM_TEMPLATE = "chat_template_kwargs"
 VLLM_KNOBS = VLLM_SAMPLING | {VLLM_TEMPLATE}
+# What comes along with them for DSPy's cache alone, which does not see the engine: `EngineSettings.answers`.
+ANSWERS = "engine_settings"
 
 _ERRORS: dict[str, type[lm15.LM15Error]] = {
     "context": lm15.ContextLengthError,
@@ -71,6 +73,7 @@ def vllm_knobs(config: lm15.Config) -> dict[str, Any]:
     extensions = dict(config.extensions or {})
     knobs = dict(extensions.pop("metadata", None) or {})
     knobs |= extensions
+    knobs.pop(ANSWERS, None)
     bias = knobs.pop("logit_bias", None)
     for key in knobs:
         if key not in VLLM_KNOBS:
@@ -286,6 +289,12 @@ class Shown:
     def _text(self, text: str, logprobs: tuple[lm15.TokenLogprob, ...]) -> lm15.StreamDeltaEvent:
         self.text, self.scored, self.held = self.text + text, self.scored + len(logprobs), ()
         return lm15.StreamDeltaEvent(lm15.TextDelta(text, part_index=1, logprobs=logprobs))
+
+
+def at_once(response: lm15.Response) -> Iterator[Any]:
+    """The stream events of an answer that is there already."""
+    yield lm15.StreamStartEvent(model=response.model)
+    yield from Shown().rest(response)
 
 
 def _of(response: lm15.Response, kind: type[Any]) -> list[Any]:

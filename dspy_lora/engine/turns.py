@@ -12,6 +12,7 @@ import contextlib
 from collections.abc import AsyncIterator
 
 _PATIENCE_S = 0.5  # a few short answers' time: swapping costs a load from memory, and a batch of one adapter less
+_IDLE_POLL_S = 0.01
 
 
 class Turns:
@@ -40,6 +41,11 @@ class Turns:
             yield not has_slot
         finally:
             self._leave(adapter)
+
+    async def idle(self, adapter: str) -> None:
+        """Waits until no request of an adapter runs. None begins before the caller's next ``await``."""
+        while adapter in self._running:
+            await asyncio.sleep(_IDLE_POLL_S)
 
     async def _slot(self, adapter: str) -> None:
         admitted = asyncio.get_running_loop().create_future()
