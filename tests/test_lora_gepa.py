@@ -14,7 +14,7 @@ import pytest
 from dspy.clients.engines.dummy_engine import AsyncDummyEngine, DummyEngine
 from dspy.utils import DummyLM
 from dspy.utils.exceptions import LMInvalidRequestError, LMServerError
-from dspy_lora.optimizers import LoRAGEPA, candidates, lora_gepa
+from dspy_lora.optimizers import LoRAGEPA, candidates, lora_gepa, run
 from dspy_lora.optimizers.asking import IRTEvaluationPolicy
 from dspy_lora.optimizers.candidates import Space, decode
 from dspy_lora.optimizers.reflection import Reflection
@@ -184,11 +184,11 @@ def test_without_selection_predictors_keep_their_adapters_and_nothing_is_raced(w
 def test_without_selection_gepa_gets_the_whole_budget(world, monkeypatch):
     world.knows, given = {}, []
 
-    def watched(real=lora_gepa.optimize, **kwargs):
+    def watched(real=run.optimize, **kwargs):
         given.append(kwargs["max_metric_calls"])
         return real(**kwargs)
 
-    monkeypatch.setattr(lora_gepa, "optimize", watched)
+    monkeypatch.setattr(run, "optimize", watched)
     sets = {"trainset": rows(40), "valset": rows(40, shift=40)}
     optimizer(select_adapters=False).compile(dspy.Predict("text -> label"), **sets)
     optimizer().compile(dspy.Predict("text -> label"), **sets)
