@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -311,6 +312,8 @@ class LoRALM(dspy.LM):
             changes.setdefault("domain", None)
         domain = changes.pop("domain", self.ref)
         binding = dataclasses.asdict(self._binding)
+        if changes.get("api_base") is not None:  # the server has an engine of its own
+            binding["engine"] = _of_servers(binding["engine"])
         other = LoRALM(
             changes.pop("model", binding.pop("base")),
             domain=domain,
@@ -331,7 +334,7 @@ class LoRALM(dspy.LM):
         """What ``program.save`` writes: the base's and the adapter's revision, sampling settings, no key."""
         state: dict[str, Any] = BaseLM.dump_state(self)
         state |= {"registry": self._binding.registry, "engine": self._binding.engine, "base": self._binding.base}
-        state |= {name: value for name in _OF_TRAINING if (value := vars(self)[name])}
+        state |= {name: value for name in _OF_TRAINING if (value := vars(self)[name]) and _is_json(value)}
         if self._binding.classifier is not None:
             state["classifier"] = self._binding.classifier
         if self._binding.api_base is not None:
@@ -350,8 +353,11 @@ class LoRALM(dspy.LM):
         match = _MODEL.fullmatch(saved)
         if match is None:
             raise ConfigError(f"{saved!r} is no model string of a LoRALM (lora/<base>@<revision>/<adapter>@<revision>)")
+        server = state.pop("server", None)
+        if server is not None:
+            state["engine"] = _of_servers(state.get("engine") or {})
         try:
-            lm = cls(base, domain=match["adapter"], api_base=state.pop("server", None), **state)
+            lm = cls(base, domain=match["adapter"], api_base=server, **state)
         except AdapterError as exc:
             raise ChangedAdapterError(f"the program was saved with adapter {match['adapter']!r}: {exc}") from exc
         lm._check_unchanged(match)
@@ -381,6 +387,19 @@ def _check_settings(kwargs: dict[str, Any]) -> None:
         raise ConfigError(f"{key}={kwargs[key]!r}: {_NAMED[key]}")
     if found := {key: kwargs[key] for key in kwargs if key in ServingConfig.model_fields}:
         raise ConfigError(f"{', '.join(found)}: of the engine, not of a call. Give LoRALM(engine={found!r}).")
+
+
+def _of_servers(engine: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in engine.items() if key in _OF_SERVERS}
+
+
+def _is_json(value: Any) -> bool:
+    """Whether a saved program can hold a value: not a path, an adapter..."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _check_server_s(engine: dict[str, Any]) -> None:

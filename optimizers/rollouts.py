@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import dspy
 from dspy.utils.exceptions import AdapterParseError
@@ -20,11 +20,12 @@ from dspy_lora.optimizers.traces import Call, Trace, by_predictor, shown, unpars
 logger = logging.getLogger(__name__)
 
 Pair = tuple[Candidate, dspy.Example]
+Item = TypeVar("Item")
 Records = dict[str, list[dict[str, Any]]]  # of each predictor: inputs, outputs, feedback
 UNPARSED = "the answer could not be parsed"  # what the error of such a rollout begins with
 
 _NO_FEEDBACK = "This trajectory got a score of {score}."
-_KEPT = 4_096  # answers that can still be judged without asking again
+_KEPT = 1_024  # answers that can still be judged without asking again
 
 
 @dataclass(frozen=True)
@@ -122,20 +123,31 @@ class Rollouts:
         """What reflection sees of pairs that ran: of each predictor named its inputs, outputs and feedback.
 
         The metric is called once for each call of these predictors. A pair that is no longer in memory is answered
-        again, by DSPy's cache as a rule.
+        again, by DSPy's cache as a rule. One that failed, or that an LM refuses, shows nothing.
 
         Raises:
             LMError: As ``run``.
         """
-        keys = [_key("records", pair, *names) for pair in pairs]
-        new = {key: pair for key, pair in zip(keys, pairs, strict=True) if self.log.get(key) is None}
-        programs = self._programs([pair for pair in new.values() if _key("rollout", pair) not in self._answers])
+        wanted = {_key("records", pair, name): (pair, name) for pair in pairs for name in names}
+        new = {key: each for key, each in wanted.items() if self.log.get(key) is None}
+        self._answer_again([pair for pair, _ in new.values()])
 
-        def run(key: str, pair: Pair) -> None:
-            self.log.put(key, self._records(pair, names, programs))
+        def judge(key: str, each: tuple[Pair, str]) -> None:
+            self.log.put(key, self._records(*each))
 
-        self._in_threads(run, new)
-        return [self.log.get(key) for key in keys]
+        for key in self._in_threads(judge, new):
+            self.log.put(key, [], lasting=False)
+        return [{name: self.log.get(_key("records", pair, name)) for name in names} for pair in pairs]
+
+    def _answer_again(self, pairs: Sequence[Pair]) -> None:
+        """Answers pairs whose answers only the log has; those that failed have none to show."""
+        missing = {key: pair for pair in pairs if (key := _key("rollout", pair)) not in self._answers}
+        for key in list(missing):
+            error = (self.log.get(key) or {}).get("error")
+            if error and not error.startswith(UNPARSED):
+                del missing[key]
+        programs = self._programs(missing.values())
+        self._in_threads(lambda key, pair: self._one(key, programs[digest(pair[0])], pair[1]), missing)
 
     def _count(self, rollout: Rollout) -> None:
         self.calls += 1
@@ -154,6 +166,8 @@ class Rollouts:
             self.log.put(key, asdict(self._one(key, programs[digest(pair[0])], pair[1])))
 
         refused = self._in_threads(run, new)
+        if len(refused) == len(new) and (len(new) > 1 or not len(self.log)):
+            raise next(iter(refused.values()))  # it refuses everything
         for key, exc in refused.items():
             logger.warning("the LM refused %s: %s", str(new[key][1])[:200], exc)
             failed = Rollout(self.failure_score, {}, f"{type(exc).__name__}: {exc}")
@@ -162,12 +176,12 @@ class Rollouts:
         if errors:
             logger.warning("%d of %d rows failed; the first: %s", len(errors), len(new), errors[0])
 
-    def _in_threads(self, ask: Callable[[str, Pair], None], new: Mapping[str, Pair]) -> dict[str, Exception]:
-        """Asks all; returns what an LM that answers others has refused, and raises any other outage."""
+    def _in_threads(self, ask: Callable[[str, Item], Any], new: Mapping[str, Item]) -> dict[str, Exception]:
+        """Asks all; returns what an LM has refused, and raises any other outage."""
         raised: list[Exception] = []
         refused: dict[str, Exception] = {}
 
-        def run(item: tuple[str, Pair]) -> None:
+        def run(item: tuple[str, Item]) -> None:
             if raised:
                 return  # the others would meet the same outage, each after its retries
             try:
@@ -183,8 +197,6 @@ class Rollouts:
         began = time.monotonic()
         ParallelExecutor(self.threads, disable_progress_bar=True, timeout=0).execute(run, list(new.items()))
         self.seconds += time.monotonic() - began
-        if len(refused) == len(new) and (len(new) > 1 or not len(self.log)):
-            raised += refused.values()  # it refuses everything
         if raised:
             raise raised[0]
         return refused
@@ -223,18 +235,17 @@ class Rollouts:
             while len(self._answers) > _KEPT:
                 self._answers.popitem(last=False)
 
-    def _records(self, pair: Pair, names: Sequence[str], programs: Mapping[str, dspy.Module]) -> Records:
-        """What predictors got, gave, and how the metric judges it."""
-        (candidate, example), key = pair, _key("rollout", pair)
-        if (answer := self._answers.get(key)) is None:
-            self._one(key, programs[digest(candidate)], example)
-            answer = self._answers[key]
+    def _records(self, pair: Pair, name: str) -> list[dict[str, Any]]:
+        """What a predictor got, gave, and how the metric judges it."""
+        answer = self._answers.get(_key("rollout", pair))
+        if answer is None:
+            return []
         if answer.unparsed is not None:
-            return _unparsed(answer, answer.unparsed)
+            return _unparsed(answer, name, answer.unparsed)
         if answer.prediction is None:
-            return {}
-        calls = by_predictor(answer.program, answer.trace)
-        return {name: [self._record(example, answer, name, call) for call in calls.get(name, [])] for name in names}
+            return []
+        calls = by_predictor(answer.program, answer.trace).get(name, [])
+        return [self._record(pair[1], answer, name, call) for call in calls]
 
     def _record(self, example: dspy.Example, answer: _Answer, name: str, call: Call) -> dict[str, Any]:
         _, inputs, outputs = call
@@ -253,13 +264,13 @@ def _key(kind: str, pair: Pair, *parts: Any) -> str:
     return digest(kind, pair[0], pair[1].toDict(), *parts)
 
 
-def _unparsed(answer: _Answer, failed: AdapterParseError) -> Records:
-    """The record of an answer that did not parse, for the predictor that gave it."""
-    if (name := unparsed_by(answer.program, answer.trace, failed)) is None:
-        return {}
+def _unparsed(answer: _Answer, name: str, failed: AdapterParseError) -> list[dict[str, Any]]:
+    """The record of an answer that did not parse, if this predictor gave it."""
+    if unparsed_by(answer.program, answer.trace, failed) != name:
+        return []
     fields = ", ".join(failed.signature.output_fields)
     feedback = f"The answer could not be parsed. It must give every output field: {fields}."
-    return {name: [{"Inputs": {}, "Generated Outputs": failed.lm_response, "Feedback": feedback}]}
+    return [{"Inputs": {}, "Generated Outputs": failed.lm_response, "Feedback": feedback}]
 
 
 def scored(result: Any) -> tuple[float, dict[str, float], str | None]:
@@ -275,7 +286,7 @@ def scored(result: Any) -> tuple[float, dict[str, float], str | None]:
     if not math.isfinite(score := float(result)):
         raise ValueError(f"the metric's score is {score}")
     told = None if feedback is None else str(feedback)
-    return score, {name: float(value) for name, value in objectives.items()}, told
+    return score, {name: float(value) for name, value in objectives.items() if value is not None}, told
 
 
 def _usage(tokens: dict[str, dict[str, Any]], calls: int) -> dict[str, float]:

@@ -5,16 +5,19 @@ every answer that is already in the log from there, which costs no metric call a
 run ends. Feedback is asked when reflection first wants it: where the answer is from the log, its row is asked again.
 """
 
+import dataclasses
 import hashlib
 import json
 import logging
+import pickle
 import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import cloudpickle
+import dspy
+import pydantic
 
 from dspy_lora.adapters.base import ABSENT
 from dspy_lora.errors import ConfigError
@@ -102,8 +105,15 @@ def _whole(value: Any) -> Any:
     text = plain(value)
     if not isinstance(text, str) or not ("..." in text or ADDRESS.search(text)):
         return text
+    kind = type(value).__qualname__
+    if isinstance(value, pydantic.BaseModel):  # what has fields is written by them: a pickle may differ by process
+        return [kind, value.model_dump()]
+    if isinstance(value, dspy.Example):
+        return [kind, value.toDict()]
+    if dataclasses.is_dataclass(value):
+        return [kind, {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}]
     try:
-        pickled = cloudpickle.dumps(value)
+        pickled = pickle.dumps(value)
     except Exception:  # noqa: BLE001 - whatever a class raises that cannot be pickled; the address tells it apart
         return text
     return f"{ADDRESS.sub('', text)} {hashlib.sha256(pickled).hexdigest()[:24]}"

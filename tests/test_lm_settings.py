@@ -115,12 +115,19 @@ def test_a_server_tells_reasoning_from_the_answer_where_one_says_so(monkeypatch)
     assert LoRALM("seedling", api_base=SERVER).supports_reasoning
 
 
-@pytest.mark.parametrize("engine", [{"max_loras": 4}, {"nonsense": 1}, {"reasoning_parser": "qwen3", "dtype": "auto"}])
+@pytest.mark.parametrize(
+    "engine", [{"max_loras": 4}, {"kv_cache_gib": 2}, {"reasoning_parser": "qwen3", "dtype": "auto"}]
+)
 def test_settings_that_a_running_server_cannot_be_given_are_refused(engine):
     with pytest.raises(ConfigError, match="the server at api_base was started with settings of its own"):
         LoRALM("seedling", api_base=SERVER, engine=engine)
+    own = LoRALM("seedling", engine=engine)
+    thinks = {key: engine[key] for key in engine.keys() & {"reasoning_parser"}}
+    assert own.copy(api_base=SERVER).dump_state()["engine"] == thinks  # the others were its own engine's
     with pytest.raises(ConfigError, match="the server at api_base"):
-        LoRALM("seedling", engine=engine).copy(api_base=SERVER)
+        own.copy(api_base=SERVER, engine=engine)
+    saved = own.dump_state() | {"server": SERVER}  # as an earlier version wrote it
+    assert LoRALM.load_state(saved).dump_state()["engine"] == thinks
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -131,6 +138,11 @@ def test_a_file_keeps_what_dspy_s_own_keeps():
     again = LoRALM.load_state(LoRALM("seedling", use_developer_role=True, **kept).dump_state())
     assert {name: vars(again)[name] for name in kept} == kept and again.use_developer_role
     assert not kept.keys() & LoRALM("seedling").dump_state().keys()
+
+
+def test_what_no_file_takes_is_left_out_of_it():
+    lm = LoRALM("seedling", train_kwargs={"output_dir": Path("runs")})
+    assert "train_kwargs" not in lm.dump_state()
 
 
 def test_a_file_keeps_that_settings_were_taken_back():

@@ -517,6 +517,16 @@ def test_what_a_writer_works_on_for_days_stays(registry, make, tmp_path):
     assert (registry.root / "long" / "rows").read_text() == "1"
 
 
+def test_a_disk_without_locks_takes_drafts(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(disk.fcntl, "flock", none)
+    with disk.drafting(tmp_path / "made", overwrite=False) as draft:
+        (draft / "rows").write_text("1")
+    assert (tmp_path / "made" / "rows").exists()
+
+
 # -- many at once ------------------------------------------------------------------------------------------------------
 
 

@@ -2,12 +2,15 @@
 
 import logging
 import math
+import os
+import subprocess
+import sys
 
 import dspy
 import numpy as np
 import pytest
 from dspy.utils import DummyLM
-from dspy.utils.exceptions import AdapterParseError
+from dspy.utils.exceptions import AdapterParseError, LMInvalidRequestError
 from dspy_lora.optimizers.rollouts import Rollouts, scored
 from dspy_lora.optimizers.run_log import RunLog, digest
 from dspy_lora.optimizers.traces import by_predictor, unparsed_by
@@ -82,6 +85,45 @@ def test_feedback_of_a_run_that_goes_on_asks_the_row_again_once(program):
     assert len(log) == 6
 
 
+def test_what_an_lm_refuses_shows_nothing_and_ends_nothing(program):
+    class Refusing(Two):
+        def forward(self, text):
+            if text in refused:
+                raise LMInvalidRequestError("filtered")
+            return super().forward(text)
+
+    refused = {"1"}
+    picky = Refusing()
+    picky.set_lm(program.first.lm)
+    rollouts = rollouts_of(picky, Metric())
+    assert [each.score for each in rollouts.run(PAIRS)] == [1.0, 0.0, 1.0]
+    for _ in range(2):
+        assert [bool(each["first"]) for each in rollouts.records(PAIRS, ["first"])] == [True, False, True]
+    refused |= {"0", "2"}
+    with pytest.raises(LMInvalidRequestError):
+        rollouts_of(picky, Metric()).run(PAIRS)
+
+
+def test_a_judge_that_refuses_leaves_its_rows_out(program):
+    def metric(gold, pred, trace=None, pred_name=None, pred_trace=None):
+        if pred_name and gold.text == "1":
+            raise LMInvalidRequestError("filtered")
+        return 1.0
+
+    rollouts = rollouts_of(program, metric)
+    rollouts.run(PAIRS)
+    assert [len(each["first"]) for each in rollouts.records(PAIRS, ["first"])] == [1, 0, 1]
+
+
+def test_feedback_is_asked_once_for_a_predictor_whoever_wants_it(program):
+    metric = Metric()
+    rollouts = rollouts_of(program, metric)
+    rollouts.run(PAIRS)
+    everything = rollouts.records(PAIRS, ["first", "second"])
+    assert [each["second"] for each in rollouts.records(PAIRS, ["second"])] == [each["second"] for each in everything]
+    assert len(metric.asked) == 3 + 6
+
+
 def test_a_metric_that_raises_for_feedback_leaves_the_score(program, caplog):
     def metric(gold, pred, trace=None, pred_name=None, pred_trace=None):
         if pred_name:
@@ -104,7 +146,7 @@ def test_rows_that_fail_are_told(caplog):
         assert [each.score for each in rollouts.run(PAIRS)] == [0.0] * 3
     assert "3 of 3 rows failed; the first: KeyError: '0'" in caplog.text
     assert rollouts.failures == 3
-    assert rollouts.records(PAIRS, ["first"]) == [{}] * 3
+    assert rollouts.records(PAIRS, ["first"]) == [{"first": []}] * 3
 
 
 def test_a_score_that_is_no_number_is_a_failure(program):
@@ -137,6 +179,38 @@ def test_rows_are_told_apart_where_their_repr_leaves_something_out():
     assert digest({"table": first}) == digest({"table": first.copy()})
     assert digest(Opaque(1)) == digest(Opaque(1))
     assert digest(Opaque(1)) != digest(Opaque(2))
+
+
+_DIGESTS = """
+import dataclasses, enum, pydantic
+from dspy_lora.optimizers.run_log import digest
+
+@dataclasses.dataclass
+class Ticket:
+    text: str
+    tags: set
+
+class Mail(pydantic.BaseModel):
+    text: str
+    sender: str
+    tags: set[str]
+
+tags = {"a", "b", "c", "d"}
+print(digest(Ticket("Hello... please", tags)), digest(Mail(text="Hello... please", sender="me", tags=tags)))
+"""
+
+
+def test_rows_with_an_ellipsis_are_the_same_in_every_process():
+    seen = {
+        subprocess.run(
+            [sys.executable, "-P", "-c", _DIGESTS],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(seen) == 1
 
 
 def test_a_line_that_was_written_in_part_loses_no_other(tmp_path, caplog):

@@ -1,6 +1,7 @@
 """A run on a tiny random base: its steps, its validation, its folder, and mistakes that are said in words."""
 
 import argparse
+import errno
 import gc
 import json
 import math
@@ -124,6 +125,15 @@ def test_another_run_in_the_same_folder_is_refused(config: Any) -> None:
     with alone(made.output_dir), pytest.raises(TrainingError, match="another run trains there"):
         train(made)
     train(made)
+
+
+def test_a_folder_on_a_disk_without_locks_takes_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("dspy_lora.training.lock.fcntl.flock", none)
+    with alone(tmp_path / "run"):
+        assert (tmp_path / "run").is_dir()
 
 
 def test_an_output_folder_that_is_a_file_is_said(config: Any, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Changes to a folder that happen in full or not at all, with any number of writers and readers."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 from dspy_lora.errors import PublishError
 
 _HIDDEN = ".dspy-lora-staging-"  # how a hidden folder's name begins; no user's folder is called so
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of a file system that has none
 _LEFT_OVER = 24 * 3600  # seconds after which a hidden folder that nobody holds is one that a killed writer left
 
 
@@ -40,7 +42,7 @@ def staging(root: Path) -> Iterator[Path]:
                     shutil.rmtree(old, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=_HIDDEN, dir=root))
     try:
-        with _held(folder, os.O_RDONLY, fcntl.LOCK_SH):  # on NFS what is open for reading takes no other
+        with _held(folder, os.O_RDONLY, fcntl.LOCK_SH, must=False):  # on NFS what is open for reading takes no other
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -88,14 +90,19 @@ def lock(root: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _held(path: Path, flags: int, how: int) -> Iterator[None]:
-    """A lock on a file or folder, which is opened with these flags."""
+def _held(path: Path, flags: int, how: int, must: bool = True) -> Iterator[None]:
+    """A lock on a file or folder, which is opened with these flags; none where it need not be and the disk has none."""
     descriptor = os.open(path, flags, 0o666)
     try:
-        fcntl.flock(descriptor, how)
+        try:
+            fcntl.flock(descriptor, how)
+        except OSError as exc:
+            if must or exc.errno not in NO_LOCKS:
+                raise
         yield
     finally:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing alone does not free it while a forked child has it open too
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing does not free it while a forked child has it open too
         os.close(descriptor)
 
 

@@ -238,7 +238,7 @@ class EngineClient:
         with self._lock:
             self.info = reply.info
             host.started(reply.info)
-            for pending in self._pending.values():
+            for pending in list(self._pending.values()):  # a call that is thrown away meanwhile leaves
                 self._send(host, pending)
             for adapter in self._known()[: self.info.get("max_cpu_loras")]:
                 ahead = Command(next(self._ids), "ahead", adapter)

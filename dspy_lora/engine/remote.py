@@ -213,6 +213,7 @@ class _Remote:
             if self._client is None:
                 limits = httpx.Limits(max_connections=_CONNECTIONS, keepalive_expiry=_KEPT_S)
                 self._client = httpx.Client(timeout=_TIMEOUT_S, limits=limits)
+                weakref.finalize(self, self._client.close)  # at the end of the program too
             return self._client
 
     def _send(self, method: str, url: str, **content: Any) -> httpx.Response:
@@ -220,7 +221,7 @@ class _Remote:
             return self._http_client.request(method, url, **content)
         except (httpx.UnsupportedProtocol, httpx.InvalidURL) as exc:
             raise lm15.ConfigurationError(f"api_base={self.api_base!r} is no address of a server: {exc}") from exc
-        except httpx.HTTPError as exc:
+        except (httpx.HTTPError, RuntimeError) as exc:  # RuntimeError: ``close`` came in between
             raise lm15.TransportError(
                 f"no answer from the server at {self.api_base}: {exc}. Is it running, and is this its address?"
             ) from exc
@@ -370,6 +371,10 @@ class AsyncRemoteEngine(_Remote):
         """Closes this event loop's connections."""
         if router := self._routers.pop(asyncio.get_running_loop(), None):
             await router.aclose()
+        with self._opening:
+            client, self._client = self._client, None
+        if client is not None:
+            client.close()
 
 
 def _unplug(router: lm15.AsyncLMRouter) -> None:

@@ -5,6 +5,7 @@ import fcntl
 from collections.abc import Iterator
 from pathlib import Path
 
+from dspy_lora.adapters.disk import NO_LOCKS
 from dspy_lora.errors import ConfigError, TrainingError
 
 # Held while a run trains; the system frees it when a process dies. A job's process holds another one (jobs.py).
@@ -29,4 +30,11 @@ def alone(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as exc:
             raise TrainingError(f"{folder}: another run trains there. Wait for it, or give another folder.") from exc
-        yield
+        except OSError as exc:
+            if exc.errno not in NO_LOCKS:
+                raise
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_UN)  # a forked child may have it open for longer

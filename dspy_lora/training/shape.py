@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pydantic
+
 from dspy_lora.adapters.base import Base
 from dspy_lora.adapters.base_modules import base_modules
 from dspy_lora.adapters.peft_config import CONFIG_FILE, PeftConfig, names, read_json
 from dspy_lora.engine.settings import EngineSettings
 from dspy_lora.errors import AdapterError, ConfigError
-from dspy_lora.training.settings import TrainConfig
+from dspy_lora.training.settings import TrainConfig, problems
 
 _ENGINE_RANK = 16  # what an engine takes unless it is told (engine/arguments.py)
 
@@ -25,7 +27,10 @@ def shape_of(folder: Path, name: str) -> dict[str, Any]:
         AdapterError: No such adapter, or no settings of a run give this shape.
     """
     raw = read_json(folder / CONFIG_FILE)
-    peft = PeftConfig.model_validate(raw)
+    try:
+        peft = PeftConfig.model_validate(raw)
+    except pydantic.ValidationError as exc:
+        raise AdapterError(f"adapter {name!r}: {CONFIG_FILE} is not PEFT's: {problems(exc)}") from exc
     if peft.rank_pattern or peft.alpha_pattern or not isinstance(peft.target_modules, list):
         raise AdapterError(
             f"adapter {name!r} has ranks or targets by pattern, which training cannot go on from. Start from a fresh "
