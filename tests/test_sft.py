@@ -216,6 +216,7 @@ def test_a_base_without_a_chat_template_is_refused(base: Path) -> None:
 # A run
 
 
+@pytest.mark.timeout(600)
 def test_the_adapter_learns_the_task(tmp_path: Path) -> None:
     """On the seedling: whether the tiny base learns it hangs on its random weights."""
     run = {"max_steps": 24, "learning_rate": 1e-3, "eval_every": 24, "eval_rows": 16, "quiet": True}
