@@ -83,7 +83,6 @@ class Rollouts:
 
     Attributes:
         calls: Metric calls for scores so far, those answered from the log included.
-        failures: How many of them failed.
         seconds: Wall time of what was run.
     """
 
@@ -92,7 +91,7 @@ class Rollouts:
     ) -> None:
         self.space, self.metric, self.log = space, metric, log
         self.threads, self.failure_score = threads, failure_score
-        self.calls = self.failures = 0
+        self.calls = 0
         self.seconds = 0.0
         self.usage: dict[str, float] = {}
         self._seen: set[str] = set()
@@ -151,7 +150,6 @@ class Rollouts:
 
     def _count(self, rollout: Rollout) -> None:
         self.calls += 1
-        self.failures += rollout.error is not None
         for kind, count in rollout.usage.items():
             self.usage[kind] = self.usage.get(kind, 0) + count
 

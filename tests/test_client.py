@@ -230,33 +230,29 @@ def engines():
     return pair
 
 
+async def refused_every_way(request, error, message):
+    near, far = engines()
+    with pytest.raises(error, match=message):
+        near.complete(request)
+    with pytest.raises(error, match=message):
+        list(near.stream(request))
+    with pytest.raises(error, match=message):
+        await far.complete(request)
+    with pytest.raises(error, match=message):
+        [event async for event in far.stream(request)]
+
+
 async def test_a_value_that_cannot_be_sent_is_dspy_s_error_of_that_call(client, monkeypatch):
     monkeypatch.setattr(client_module, "_clients", {SETTINGS: client})
     message, config = lm15.Message.user("Hello."), lm15.Config(seed=LARGE)
     request = lm15.Request(model="stand-in", messages=(message,), config=config)
-    near, far = engines()
-    wanted = {"expected_exception": lm15.InvalidRequestError, "match": f"seed={LARGE} cannot be sent to the engine"}
-    with pytest.raises(**wanted):
-        near.complete(request)
-    with pytest.raises(**wanted):
-        list(near.stream(request))
-    with pytest.raises(**wanted):
-        await far.complete(request)
-    with pytest.raises(**wanted):
-        [event async for event in far.stream(request)]
+    await refused_every_way(request, lm15.InvalidRequestError, f"seed={LARGE} cannot be sent to the engine")
 
 
 async def test_a_model_string_that_no_lm_has_spoken_for_is_not_answered_by_the_base(client, monkeypatch):
     monkeypatch.setattr(client_module, "_clients", {SETTINGS: client})
     request = lm15.Request(model="stand-in/legal@0123456789ab", messages=(lm15.Message.user("Hello."),))
-    near, far = engines()
-    wanted = {"expected_exception": lm15.ConfigurationError, "match": "answers as 'stand-in/legal@0123456789ab'"}
-    with pytest.raises(**wanted):
-        near.complete(request)
-    with pytest.raises(**wanted):
-        list(near.stream(request))
-    with pytest.raises(**wanted):
-        await far.complete(request)
+    await refused_every_way(request, lm15.ConfigurationError, "answers as 'stand-in/legal@0123456789ab'")
     assert not client.running
 
 

@@ -46,5 +46,7 @@ def test_free_heap_goes_back_to_the_system():
 
 def test_a_c_library_without_it_is_left_alone(monkeypatch):
     monkeypatch.setattr(heap.ctypes, "CDLL", lambda name: object())
-    monkeypatch.setattr(heap.threading, "Thread", None)
+    started = []
+    monkeypatch.setattr(heap.threading, "Thread", lambda **given: started.append(given))
     heap.keep_trimmed()
+    assert not started
