@@ -134,7 +134,7 @@ class Residents:
                 "Leave 'enable_lora' out of LoRALM(engine=...), or ask without a domain."
             )
         config = read_peft_config(Path(adapter.path))
-        rank = max(config.r, *(config.rank_pattern or {}).values(), 0)
+        rank = config.largest_rank
         if rank > self._max_rank:
             enough = next((allowed for allowed in _RANKS if allowed >= rank), rank)
             raise AdapterError(
