@@ -367,7 +367,9 @@ def test_an_engine_that_is_no_object_is_refused(engine, capsys):
     assert "--engine" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["--json", "f"], ["--shape", "8b"], ["--base-model", "m"], ["--sweep", "rank=8"]])
+@pytest.mark.parametrize(
+    "words", [["--json", "f"], ["--shape", "8b"], ["--base-model", "m"], ["--sweep", "rank=8"], ["--calls", "192"]]
+)
 def test_a_joint_search_refuses_what_it_would_take_no_notice_of(words, tmp_path, capsys):
     assert main(["bench", "--joint", str(tmp_path), *words]) == 2
     assert f"{words[0]}: of the other measurements" in capsys.readouterr().err

@@ -552,6 +552,19 @@ def test_a_download_whose_weights_are_links_to_nothing_stays_an_id(download):
     assert resolve_base("Org/Pruned").revision == "main"
 
 
+def test_a_base_s_template_is_what_writes_its_prompts(tmp_path):
+    folder = tmp_path / "base"
+    bare = write_base(folder)
+    found = [bare]
+    for name, text in (("tokenizer.json", "{}"), ("chat_template.jinja", "a"), ("chat_template.jinja", "bc")):
+        (folder / name).write_text(text)
+        found.append(resolve_base(str(folder)))
+    assert len({base.template for base in found}) == 4
+    assert {base.revision for base in found} == {bare.revision}
+    (folder / "README.md").write_text("about")
+    assert resolve_base(str(folder)) == found[-1]
+
+
 def test_a_hub_id_that_is_not_cached_stays_an_id():
     assert resolve_base("Qwen/Not-In-The-Cache") == Base("Qwen/Not-In-The-Cache", "Qwen/Not-In-The-Cache", "main")
 

@@ -223,6 +223,23 @@ def test_an_adapter_unloaded_under_its_calls_is_loaded_again(make):
     assert make().engine_stats()["restarts"] == 0
 
 
+def test_an_adapter_is_unloaded_under_calls_that_never_pause(make):
+    legal, unloaded = make("legal", max_tokens=32), threading.Event()
+
+    def keep_asking():
+        return {ask(legal) for _ in iter(unloaded.is_set, True)}
+
+    with ThreadPoolExecutor(8) as pool:
+        callers = [pool.submit(keep_asking) for _ in range(8)]
+        try:
+            for _ in range(3):
+                time.sleep(0.2)
+                legal.unload()
+        finally:
+            unloaded.set()
+    assert set.union(*(caller.result() for caller in callers)) == {ask(legal)}
+
+
 def test_an_adapter_unloaded_and_removed_under_a_call_ends_nobody_s_engine(make, publish, registry):
     """Without a wait for the call vLLM would read the adapter again in its next step, and die."""
     leaving = make(publish("leaving", 2.0).ref, max_tokens=300, ignore_eos=True)

@@ -1,5 +1,6 @@
 """The settings of an engine: the configuration's ``serving`` section under what a caller gives."""
 
+import dataclasses
 import json
 import pickle
 import sys
@@ -66,7 +67,7 @@ def test_equal_settings_are_one_key_whatever_their_order():
 
 
 def test_settings_that_change_answers_are_told_from_those_of_speed():
-    """For DSPy's cache, which does not see the engine; with the defaults its keys are what they were."""
+    """For DSPy's cache, which does not see the engine."""
     assert settings().answers is None
     speed = {"max_loras": 4, "kv_cache_gib": 2.0, "gpu_memory_utilization": 0.5, "start_timeout_s": 30}
     assert settings(**speed).answers is None
@@ -74,6 +75,12 @@ def test_settings_that_change_answers_are_told_from_those_of_speed():
     found = [settings(**other).answers for other in [*others, {"hf_overrides": {"rope_theta": 1.0}}]]
     assert len(set(found)) == 5 and None not in found
     assert settings(dtype="float32", **speed).answers == found[2]
+
+
+def test_another_chat_template_is_another_engine_with_answers_of_its_own():
+    first, second = (engine_settings(dataclasses.replace(BASE, template=digest * 12), load_config()) for digest in "ab")
+    assert first != second
+    assert len({first.answers, second.answers, settings().answers}) == 3
 
 
 def test_patience_with_a_start_is_no_other_engine():

@@ -86,16 +86,46 @@ async def test_a_turn_says_whether_the_adapter_has_just_come_in():
         assert again
 
 
-async def test_an_adapter_is_idle_when_its_last_request_is_done():
-    adapters = Adapters(2)
-    requests = [await adapters.ask("a") for _ in range(2)]
-    await asyncio.wait_for(adapters.turns.idle("b"), 1)
-    waits = asyncio.create_task(adapters.turns.idle("a"))
-    await end(adapters, requests[0])
+async def keep_out(adapters, adapter, until):
+    """A block without an adapter, which ``until`` ends; it is written down as a request is."""
+    async with adapters.turns.without(adapter):
+        adapters.log.append(f"without {adapter}")
+        await until.wait()
+
+
+async def test_a_block_without_an_adapter_waits_for_its_requests_and_lets_none_begin():
+    adapters, until = Adapters(2, patience_s=0.01), asyncio.Event()
+    running = [await adapters.ask("a") for _ in range(2)]
+    block = asyncio.create_task(keep_out(adapters, "a", until))
+    await adapters.settle()
+    later, other = await adapters.ask("a"), await adapters.ask("b")  # a call that never pauses does not hold it up
+    await end(adapters, running[0])
     await asyncio.sleep(0.05)
-    assert not waits.done()
-    await end(adapters, requests[1])
-    await asyncio.wait_for(waits, 5)
+    assert adapters.log == ["a", "a", "b"]
+    await end(adapters, running[1])
+    await asyncio.sleep(0.05)
+    assert adapters.log == ["a", "a", "b", "without a"]  # and the slot stays free
+    third = await adapters.ask("c")
+    assert adapters.log[-1] == "c"
+    await end(adapters, third)
+    until.set()
+    await block
+    await end(adapters, later, other)
+    assert adapters.log[-1] == "a"
+
+
+async def test_an_adapter_that_is_kept_out_holds_nobody_back():
+    adapters, until = Adapters(1, patience_s=0.01), asyncio.Event()
+    block = asyncio.create_task(keep_out(adapters, "a", until))
+    await adapters.settle()
+    waits, b = await adapters.ask("a"), await adapters.ask("b")
+    await asyncio.sleep(0.05)
+    again = await adapters.ask("b")
+    assert adapters.log == ["without a", "b", "b"]
+    until.set()
+    await block
+    await end(adapters, b, again, waits)
+    assert adapters.log == ["without a", "b", "b", "a"]
 
 
 async def test_an_adapter_gets_the_first_slot_that_is_free():

@@ -25,6 +25,7 @@ _BLOCKS, _BLOCK = 64, 64 * 2**10  # number, bytes
 _ONE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _FETCHED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")  # no second copy of the weights as pickles
 _TOKENIZERS = ("tokenizer*", "*.model", "vocab.*")
+_TEMPLATE = (*_TOKENIZERS, "chat_template*", "merges.txt", "added_tokens.json", "special_tokens_map.json")
 _SHARD = re.compile(r".*-\d+-of-(\d+)\.safetensors")
 
 # Hugging Face ids that were not on this disk when this process first asked. They stay ids: the engine that downloads
@@ -42,11 +43,14 @@ class Base:
         revision: First 12 hex digits of the SHA-256 over its configuration and weights, of a weights file of 256 MiB
             or more over its size, its header and 64 evenly spaced blocks of 64 KiB; ``ABSENT`` where it is not on this
             disk.
+        template: The same over its tokenizer and chat template: what becomes of a prompt before the model reads it.
+            It is no part of the revision, for an adapter fits whatever the prompt.
     """
 
     name: str
     path: str
     revision: str
+    template: str = ""
 
     @property
     def folder(self) -> Path | None:
@@ -144,9 +148,8 @@ def _from_folder(name: str, folder: Path) -> Base:
             + ("Reinstall dspy-lora, or name another base model." if name == SEEDLING else "Give a model's folder.")
         )
     try:
-        files = (folder / "config.json", *weights_files(folder))
-        stamps = tuple((stat.st_size, stat.st_mtime_ns) for stat in (file.stat() for file in files))
-        return Base(name, str(folder), _fingerprint(files, stamps))
+        revision = _fingerprint(*_stamped([folder / "config.json", *weights_files(folder)]))
+        return Base(name, str(folder), revision, _digest(*_stamped(_template_files(folder))))
     except OSError as exc:
         raise ConfigError(f"base model {name!r} cannot be read: {exc}. Copy or download {folder} again.") from exc
 
@@ -178,9 +181,27 @@ def _indexed(folder: Path) -> set[str]:
         raise ConfigError(f"{index} is no index of weights: {exc!r}. Copy or download it again.") from exc
 
 
+def _template_files(folder: Path) -> list[Path]:
+    return sorted({file for pattern in _TEMPLATE for file in folder.glob(pattern) if file.is_file()})
+
+
+def _stamped(files: list[Path]) -> tuple[tuple[Path, ...], tuple[tuple[int, int], ...]]:
+    """Files with their sizes (bytes) and times (ns), which make a changed file miss a cache."""
+    return tuple(files), tuple((stat.st_size, stat.st_mtime_ns) for stat in (file.stat() for file in files))
+
+
+@functools.lru_cache(maxsize=64)
+def _digest(files: tuple[Path, ...], stamps: tuple[tuple[int, int], ...]) -> str:
+    """Hashes small files by name and content."""
+    digest = hashlib.sha256()
+    for file, (size, _) in zip(files, stamps, strict=True):
+        digest.update(f"\n{file.name} {size}\n".encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 @functools.lru_cache(maxsize=64)
 def _fingerprint(files: tuple[Path, ...], stamps: tuple[tuple[int, int], ...]) -> str:
-    """Hashes configuration and weights; ``stamps`` (sizes, times) makes a changed file miss the cache."""
+    """Hashes configuration and weights."""
     digest = hashlib.sha256(files[0].read_bytes())
     for file, (size, _) in zip(files[1:], stamps[1:], strict=True):
         digest.update(f"\n{file.name} {size}\n".encode())

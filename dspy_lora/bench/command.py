@@ -48,8 +48,10 @@ _READ_BY = {
     "answers": ("throughput", "latency", "adapters", "vllm-lora", "defaults"),
     "words": tuple(name for name in MEASUREMENTS if name not in _SEEDLING_S),
 }
-_NOT_JOINT = ("only", "all", "shape", "rank", "adapters", "words", "answers", "sweep", "picture", "json")
-_ADAPTERS, _RANK = 12, 16
+_NOT_JOINT = (
+    "only", "all", "shape", "rank", "adapters", "calls", "words", "answers", "sweep", "picture", "repeats", "json",
+)  # fmt: skip
+_ADAPTERS, _RANK, _CALLS, _REPEATS = 12, 16, 192, 5
 _MOST_ADAPTERS = 64
 
 
@@ -65,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--adapters", type=int, metavar="N", help=f"of --shape, 1 to {_MOST_ADAPTERS} (default: {_ADAPTERS})"
     )
     parser.add_argument("--engine", default="{}", metavar="JSON", help="engine settings, as LoRALM's engine={...}")
-    parser.add_argument("--calls", type=int, default=192, help="calls a repeat (default: %(default)s)")
+    parser.add_argument("--calls", type=int, help=f"calls a repeat (default: {_CALLS})")
     parser.add_argument("--threads", type=int, default=128, help="threads that call (default: %(default)s)")
     parser.add_argument("--words", type=int, metavar="N", help="words of a question's text (default: 30 to 50)")
     parser.add_argument("--answers", type=int, nargs="+", metavar="TOKENS", help="of an answer (default: 16 and 64)")
@@ -73,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sweep", metavar="KEY=V1,V2", help=f"measure for each value of one of {', '.join(sweep.KEYS)}"
     )
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the ratios of --sweep over its values")
-    parser.add_argument("--repeats", type=int, default=5, help="repeats in turns (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, help=f"repeats in turns (default: {_REPEATS})")
     parser.add_argument(
         "--joint", type=Path, metavar="DIR", help="instead: LoRAGEPA against its halves, on the domains' rows in DIR"
     )
@@ -105,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
         places = [number - 1 for number in args.programs]
         joint.run(args.joint, args.metric_calls, args.seeds, args.threads, places, _engine(args.engine))
         return 0
+    args.calls, args.repeats = args.calls or _CALLS, args.repeats or _REPEATS
     if args.picture:
         if not args.sweep:
             raise ConfigError("--picture draws what --sweep measures. Name the values, as in --sweep rank=8,16,32.")

@@ -215,8 +215,8 @@ class Host:
         elif command.name == "load" and command.adapter:
             await self.residents.load(command.adapter)
         elif command.name == "unload" and command.adapter:
-            await self.turns.idle(command.adapter.name)  # else the next step reads it again, and dies where it is gone
-            value["unloaded"] = await self.residents.unload(command.adapter)
+            async with self.turns.without(command.adapter.name):  # whose next step would read it again, or miss it
+                value["unloaded"] = await self.residents.unload(command.adapter)
         elif command.name == "stats":
             adapters = await self.residents.figures()
             value = self.stats.snapshot() | adapters

@@ -6,9 +6,10 @@ batch finds them. What comes in takes the place of what was used the longest ago
 
 import asyncio
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from dspy_lora.adapters.peft_config import PeftConfig, read_peft_config
+from dspy_lora.config import Rank
 from dspy_lora.engine.protocol import Adapter
 from dspy_lora.errors import AdapterError
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 _READ_POLL_S = 0.01
 _PATTERNS = ("rank_pattern", "alpha_pattern")  # vLLM 0.26 does not read them, 0.32 does
-_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank may be
 
 
 class Residents:
@@ -136,7 +136,7 @@ class Residents:
         config = read_peft_config(Path(adapter.path))
         rank = config.largest_rank
         if rank > self._max_rank:
-            enough = next((allowed for allowed in _RANKS if allowed >= rank), rank)
+            enough = next((allowed for allowed in get_args(Rank) if allowed >= rank), rank)
             raise AdapterError(
                 f"adapter {adapter.name!r} has rank {rank}; this engine takes ranks up to {self._max_rank}. Give "
                 f"LoRALM(engine={{'max_lora_rank': {enough}}}) or serving.max_lora_rank in lora_config.yaml."

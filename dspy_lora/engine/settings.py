@@ -54,8 +54,12 @@ class EngineSettings:
 
     @property
     def answers(self) -> str | None:
-        """Twelve hex digits over the settings that answers depend on, for a cache; None where none was given."""
-        given = self.engine_args | {"tool_parser": self.tool_parser, "reasoning_parser": self.reasoning_parser}
+        """Twelve hex digits over what answers depend on beside the base's revision, for a cache; None where nothing is.
+
+        That is the base's chat template and tokenizer, and the settings that were given.
+        """
+        given = self.engine_args | {name: getattr(self, name) for name in ("tool_parser", "reasoning_parser")}
+        given |= {"template": self.base.template or None}
         said = {key: value for key, value in given.items() if value is not None and key not in _OF_SPEED}
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12] if said else None
 

@@ -8,6 +8,7 @@ adapters that wait before it.
 """
 
 import asyncio
+import collections
 import contextlib
 from collections.abc import AsyncIterator
 
@@ -28,12 +29,13 @@ class Turns:
         self._running: dict[str, int] = {}  # requests by adapter, the adapter that got its slot first stands first
         self._waiting: dict[str, list[asyncio.Future[None]]] = {}  # by adapter, in the order of their first requests
         self._closing: str | None = None  # the adapter whose new requests are held back
+        self._kept_out: collections.Counter[str] = collections.Counter()  # blocks of ``without`` by adapter
         self._timer: asyncio.TimerHandle | None = None
 
     @contextlib.asynccontextmanager
     async def turn(self, adapter: str) -> AsyncIterator[bool]:
         """Waits until the adapter has a slot, and keeps it for the block; says whether it had none before."""
-        if has_slot := adapter in self._running and adapter != self._closing:
+        if has_slot := adapter in self._running and adapter != self._closing and not self._kept_out[adapter]:
             self._running[adapter] += 1
         else:
             await self._slot(adapter)
@@ -42,10 +44,17 @@ class Turns:
         finally:
             self._leave(adapter)
 
-    async def idle(self, adapter: str) -> None:
-        """Waits until no request of an adapter runs. None begins before the caller's next ``await``."""
-        while adapter in self._running:
-            await asyncio.sleep(_IDLE_POLL_S)
+    @contextlib.asynccontextmanager
+    async def without(self, adapter: str) -> AsyncIterator[None]:
+        """Waits until the requests of an adapter that run are done, and lets none begin until the block ends."""
+        self._kept_out[adapter] += 1
+        try:
+            while adapter in self._running:
+                await asyncio.sleep(_IDLE_POLL_S)
+            yield
+        finally:
+            self._kept_out[adapter] -= 1
+            self._admit()
 
     async def _slot(self, adapter: str) -> None:
         admitted = asyncio.get_running_loop().create_future()
@@ -79,16 +88,22 @@ class Turns:
 
     def _admit(self) -> None:
         """Gives free slots to those who wait, and looks again after a while where some still do."""
-        while self._waiting and len(self._running) < self._slots:
-            self._start(next(iter(self._waiting)))
-        if self._closing is not None and self._waiting.keys() <= {self._closing}:
-            closing, self._closing = self._closing, None  # whom it was closed for has found another slot, or gone
-            self._start(closing)
-        if self._timer is not None and not self._waiting:
+        while (waiting := self._may_come_in()) and len(self._running) < self._slots:
+            self._start(waiting[0])
+        if self._closing is not None and set(waiting) <= {self._closing}:
+            self._closing = None  # whom it was closed for has found another slot, or gone
+            for adapter in waiting:
+                self._start(adapter)
+            waiting = []
+        if self._timer is not None and not waiting:
             self._timer.cancel()
             self._timer = None
-        if self._waiting and self._closing is None and self._timer is None:
+        if waiting and self._closing is None and self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self._patience_s, self._close)
+
+    def _may_come_in(self) -> list[str]:
+        """The adapters that wait, the first to come first, but for those that are kept out."""
+        return [adapter for adapter in self._waiting if not self._kept_out[adapter]]
 
     def _start(self, adapter: str) -> None:
         for admitted in self._waiting.pop(adapter, []):
@@ -99,5 +114,5 @@ class Turns:
 
     def _close(self) -> None:
         self._timer = None
-        if self._waiting and self._closing is None:
+        if self._may_come_in() and self._closing is None:
             self._closing = next(iter(self._running))

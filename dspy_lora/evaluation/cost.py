@@ -1,17 +1,15 @@
 """What an adapter takes: parameters that were trained, and what the training cost."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dspy_lora.adapters.base import Base
+from dspy_lora.adapters.base import Base, weights_files
 from dspy_lora.adapters.checks import WEIGHTS_FILE
 from dspy_lora.adapters.weights import read_header
 from dspy_lora.errors import AdapterError, ConfigError
 
-_INDEX = "model.safetensors.index.json"
 _PACKED = ("U8", "I8", "I32")
 
 
@@ -48,13 +46,10 @@ class Parameters:
 
 
 def _base_parameters(folder: Path) -> int | None:
-    """The files that the index names, where there is one: a folder may hold the same weights in another form too."""
-    index = folder / _INDEX
+    files = weights_files(folder)
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else None
-        files = [folder / name for name in names] if names else list(folder.glob("*.safetensors"))
         tensors = [tensor for file in files for tensor in read_header(file).values()]
-    except (OSError, ValueError, KeyError, AttributeError) as exc:
+    except (OSError, ValueError) as exc:
         raise ConfigError(f"base model {folder} cannot be read: {exc}. Copy or download it again.") from exc
     if any(tensor.dtype in _PACKED for tensor in tensors):
         return None
