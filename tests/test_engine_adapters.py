@@ -22,6 +22,7 @@ DOMAINS = (
 ).split()
 # float32: an answer does not depend on who else is in the batch.
 ENGINE = {"max_loras": 2, "max_cpu_loras": 2, "dtype": "float32"}
+ENGINE_WITHOUT = {"dtype": "float32", "enable_lora": False, "enforce_eager": True}  # not compiled, which takes a minute
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +257,7 @@ def test_an_adapter_unloaded_and_removed_under_a_call_ends_nobody_s_engine(make,
 
 
 def test_an_engine_without_lora_starts_is_counted_and_refuses_adapters(make):
-    base = LoRALM("seedling", engine={"dtype": "float32", "enable_lora": False}, max_tokens=12, cache=False)
+    base = LoRALM("seedling", engine=ENGINE_WITHOUT, max_tokens=12, cache=False)
     legal = base.copy(domain="legal")
     try:
         base.preload()

@@ -10,7 +10,7 @@ remote.py     servers that speak the OpenAI API instead of a child process · ro
 settings.py   what an engine is started with · openai_server.py  vLLM's own server, started with the same settings
 server_words.py  what a user's words for that server say
 failures.py   what to tell a user whose engine did not come up, or died
-processes.py  ending an engine with everything that belongs to it
+core_process.py  how vLLM's core starts on a CPU · processes.py  ending an engine with everything that belongs to it
 parsers.py    vLLM's reasoning and tool parsers · cpu_lora.py  LoRA on the CPU · heap.py  its heap
 gpu_lora.py   LoRA on an NVIDIA GPU · gpu_kernels.py  its Triton kernels · gpu_tiles.py  how they cut a product
 gpu_shapes.py a model's products · gpu_tuned.py  which folder of `dspy-lora tune` fits an engine

@@ -3,7 +3,7 @@
 The host names ``TiledGPUWorker`` as vLLM's ``worker_cls`` on an NVIDIA GPU, or ``TunedGPUWorker`` where gpu_tuned.py
 has found tiles. It puts launchers in the place of vLLM's two kernels, under the same functions: what vLLM checks,
 remembers and captures in graphs stays as it is. A kernel that lacks an argument which the launchers read (those of vLLM
-0.26 and 0.32 have them all), and a product that they do not take, go vLLM's own way.
+0.26, 0.32 and 0.33 have them all), and a product that they do not take, go vLLM's own way.
 """
 
 import functools

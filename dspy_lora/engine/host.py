@@ -22,6 +22,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from dspy_lora.engine import core_process
 from dspy_lora.engine.arguments import engine_args, set_environment
 from dspy_lora.engine.grammar import bounded
 from dspy_lora.engine.parsers import Parsers, check_parsers
@@ -303,7 +304,12 @@ def _start(settings: dict[str, Any], stats: Statistics) -> "tuple[AsyncLLM, dict
     args = engine_args(settings)
     # Whose batch sizes vLLM takes: of an "engine" it lets 128 requests run at once, on whatever GPU.
     usage = UsageContext.LLM_CLASS if current_platform.is_cuda() else UsageContext.ENGINE_CONTEXT
-    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**args), usage_context=usage, stat_loggers=[Recorder])
+    config = AsyncEngineArgs(**args).create_engine_config(usage)
+    if current_platform.is_cpu():
+        core_process.choose_start(config)
+    engine = AsyncLLM.from_vllm_config(
+        config, usage_context=usage, stat_loggers=[Recorder], disable_log_stats=args["disable_log_stats"]
+    )
     room = {key: args[key] if args["enable_lora"] else 0 for key in ("max_loras", "max_lora_rank", "max_cpu_loras")}
     info = room | {
         "max_model_len": engine.model_config.max_model_len,

@@ -15,6 +15,7 @@ import msgspec
 import zmq
 
 from dspy_lora.child import child_environment
+from dspy_lora.engine import core_process
 from dspy_lora.engine.failures import advice, ending, last_lines, root_cause
 from dspy_lora.engine.processes import kill_group
 from dspy_lora.engine.progress import Progress
@@ -145,4 +146,4 @@ def _environment(folder: Path) -> dict[str, str]:
     of the time of a start, so this wish is not passed on.
     """
     environment = {key: value for key, value in child_environment().items() if key != "PYTHONDONTWRITEBYTECODE"}
-    return environment | {"TMPDIR": str(folder)}
+    return environment | core_process.host_environment() | {"TMPDIR": str(folder)}

@@ -20,7 +20,7 @@ class Progress:
         self._terminal = _is_terminal()
         self._open = True
         if not self._terminal:
-            self._write(f"dspy-lora: starting vLLM for {name!r} (about half a minute)\n")
+            self._write(f"dspy-lora: starting vLLM for {name!r} (some 20 s on a CPU, a minute or two on a GPU)\n")
 
     def tick(self) -> None:
         """Called often while the engine starts."""
