@@ -61,15 +61,20 @@ def test_a_path_that_a_preload_cannot_name_is_left_out(versions, monkeypatch, tm
 
 
 @pytest.mark.parametrize(
-    ("preloaded", "mode", "method"),
+    ("preloaded", "mode", "workers", "method"),
     [
-        ("/lib/libgomp.so.1", CompilationMode.NONE, "fork"),
-        ("/lib/libgomp.so.1", CompilationMode.VLLM_COMPILE, "spawn"),
-        ("", CompilationMode.NONE, "spawn"),
+        ("/lib/libgomp.so.1", CompilationMode.NONE, "uni", "fork"),
+        ("/lib/libgomp.so.1", CompilationMode.VLLM_COMPILE, "uni", "spawn"),
+        ("/lib/libgomp.so.1", CompilationMode.NONE, "mp", "spawn"),
+        ("", CompilationMode.NONE, "uni", "spawn"),
     ],
 )
-def test_a_core_is_a_fork_where_nothing_is_left_to_set_for_it(monkeypatch, preloaded, mode, method):
+def test_a_core_is_a_fork_where_nothing_is_left_to_set_for_it(monkeypatch, preloaded, mode, workers, method):
     monkeypatch.setenv("LD_PRELOAD", preloaded)
     monkeypatch.setenv(METHOD, "spawn")  # as vLLM's configuration leaves it
-    core_process.choose_start(SimpleNamespace(compilation_config=SimpleNamespace(mode=mode)))
+    config = SimpleNamespace(
+        compilation_config=SimpleNamespace(mode=mode),
+        parallel_config=SimpleNamespace(distributed_executor_backend=workers),
+    )
+    core_process.choose_start(config)
     assert os.environ[METHOD] == method

@@ -2,7 +2,7 @@
 
 vLLM spawns it there for the sake of what it sets in its environment. PyTorch's own OpenMP is to be loaded first, else
 the core's threads share one processor: here the host is started so. The rest is for a model that is compiled; such a
-core is spawned.
+core is spawned, and so is one that starts workers, which would be forks of a process that computes already.
 """
 
 import importlib.metadata
@@ -34,7 +34,9 @@ def choose_start(config: "VllmConfig") -> None:
     """
     from vllm.config import CompilationMode
 
-    if _has_openmp(os.environ.get(_PRELOAD, "")) and config.compilation_config.mode == CompilationMode.NONE:
+    compiles = config.compilation_config.mode != CompilationMode.NONE
+    alone = config.parallel_config.distributed_executor_backend == "uni"
+    if _has_openmp(os.environ.get(_PRELOAD, "")) and alone and not compiles:
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
 
 
