@@ -1,5 +1,6 @@
 """LoRALM without an engine: what it may be given, what a copy and a file keep, and what DSPy's cache tells apart."""
 
+import shutil
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,10 +56,19 @@ def test_typed_requests_are_told_apart_too(sent):
     assert [lm(request=request).text for lm in (plain, thinking)] == ["answer 1", "answer 2"]
 
 
-def test_settings_of_speed_share_the_cache_which_knows_the_defaults_by_their_old_keys(sent):
+def test_settings_of_speed_share_the_cache(sent):
     plain, fast = LoRALM("seedling"), LoRALM("seedling", engine={"max_loras": 3})
     assert plain("How fast?") == fast("How fast?") == ["answer 1"]
-    assert fast.history[-1]["kwargs"] == {}
+
+
+def test_a_changed_chat_template_is_not_answered_from_before(sent, tmp_path):
+    folder = shutil.copytree(SEEDLING_FOLDER, tmp_path / "base")
+    before, template = LoRALM(folder), folder / "chat_template.jinja"
+    assert before("Which one?") == ["answer 1"]
+    template.write_text(template.read_text() + "{# changed #}")
+    after = LoRALM(folder)
+    assert after.model == before.model
+    assert [lm("Which one?") for lm in (after, before)] == [["answer 2"], ["answer 1"]]
 
 
 # -- names -------------------------------------------------------------------------------------------------------------
