@@ -19,7 +19,7 @@ _ON_GRAPHS = {  # the user's words about graphs
     "enforce_eager",
     "performance_mode",
 }
-_GROUPED_LORA_VLLM = "0.32."  # the versions that cpu_lora.py was tested with
+_GROUPED_LORA_VLLM = ("0.32.", "0.33.")  # the versions that cpu_lora.py was tested with
 
 
 def set_environment() -> None:
@@ -58,7 +58,8 @@ def _cpu_args(kv_cache_gib: float, version: str) -> dict[str, Any]:
     if version.startswith(_GROUPED_LORA_VLLM):
         args["worker_cls"] = "dspy_lora.engine.cpu_lora.GroupedCPUWorker"
     else:
-        print(f"LoRA by vLLM {version}'s own path: dspy-lora's is for {_GROUPED_LORA_VLLM}*", file=sys.stderr)
+        tested = " and ".join(f"{each}*" for each in _GROUPED_LORA_VLLM)
+        print(f"LoRA by vLLM {version}'s own path: dspy-lora's is for {tested}", file=sys.stderr)
     return args
 
 
