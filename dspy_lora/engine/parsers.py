@@ -45,7 +45,8 @@ class Parsers:
             return {"skip_special_tokens": False}
         if self.reasoning_class:
             parser = self.reasoning_class(self.tokenizer, chat_template_kwargs=request.template)
-            return {"skip_special_tokens": parser.adjust_request(self._chat_request(request)).skip_special_tokens}
+            skips = parser.adjust_request(self._chat_request(request)).skip_special_tokens
+            return {} if skips is None else {"skip_special_tokens": skips}  # vLLM 0.33 says None for as it is
         return {}
 
     def parse(self, request: Generate, text: str, token_ids: Sequence[int]) -> Parsed:
