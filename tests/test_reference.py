@@ -14,7 +14,7 @@ from dspy_lora.config import load_config
 from dspy_lora.demo import QUESTIONS
 from dspy_lora.seedling.sentences import Texts
 
-PROMPTS = 6  # for each adapter
+PROMPTS = 9  # for each adapter
 NEW_TOKENS = 40
 SAME = 0.98  # share of prompts with the same tokens
 APART = 1e-3  # difference of log-probabilities below which two tokens count as equally likely

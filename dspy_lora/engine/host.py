@@ -304,11 +304,16 @@ def _start(settings: dict[str, Any], stats: Statistics) -> "tuple[AsyncLLM, dict
     args = engine_args(settings)
     # Whose batch sizes vLLM takes: of an "engine" it lets 128 requests run at once, on whatever GPU.
     usage = UsageContext.LLM_CLASS if current_platform.is_cuda() else UsageContext.ENGINE_CONTEXT
-    config = AsyncEngineArgs(**args).create_engine_config(usage)
+    given = AsyncEngineArgs(**args)
+    config = given.create_engine_config(usage)
     if current_platform.is_cpu():
         core_process.choose_start(config)
     engine = AsyncLLM.from_vllm_config(
-        config, usage_context=usage, stat_loggers=[Recorder], disable_log_stats=args["disable_log_stats"]
+        config,
+        usage_context=usage,
+        stat_loggers=[Recorder],
+        enable_log_requests=given.enable_log_requests,
+        disable_log_stats=given.disable_log_stats,
     )
     room = {key: args[key] if args["enable_lora"] else 0 for key in ("max_loras", "max_lora_rank", "max_cpu_loras")}
     info = room | {
